@@ -1,0 +1,393 @@
+"""A Vision Transformer whose every intermediate has a name.
+
+Letters: B images, N patches, T = prefix + N tokens, D width, H heads, d = D / H,
+L depth, P patch. `ViT.apply` is a pure function of (parameters, images). Its three
+public steps are `embed -> place -> encode`: SimMIM puts its mask token between the
+first two, MAE drops tokens after the second.
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from clvsmim.heads import BatchNorm
+from clvsmim.inits import (
+    fan_in_uniform,
+    initializers,
+    position_init,
+    relative_bias,
+    relative_shape,
+)
+
+SIZES = {
+    "Ti": {"width": 192, "depth": 12, "heads": 3},
+    "S": {"width": 384, "depth": 12, "heads": 6},
+    # MoCo v3's S has 12 heads: the same tensor shapes, another network.
+    "S_moco": {"width": 384, "depth": 12, "heads": 12},
+    "B": {"width": 768, "depth": 12, "heads": 12},
+    "L": {"width": 1024, "depth": 24, "heads": 16},
+    "H": {"width": 1280, "depth": 32, "heads": 16},
+}
+
+CHOICES = {
+    "stem": ("patch", "conv"),
+    "position": ("none", "learned", "moco_sincos", "mae_sincos"),
+    "relative": ("none", "shared", "per_block"),
+    "qkv_bias": ("none", "qv", "qkv"),
+    "init": ("moco_v3", "simmim", "mae", "timm"),
+    "dtype": ("float32", "bfloat16"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What a `ViT` is.
+
+    Attributes:
+      width, depth, heads, patch: D, L, H, P.
+      image: (rows, columns) in pixels, multiples of P; need not be square.
+      stem: "patch" (one linear map) or "conv" (MoCo v3's stack of 3x3 convolutions).
+      position: absolute table: "none", "learned", "moco_sincos" or "mae_sincos". A
+        sin-cos table is a parameter too; pre-training recipes freeze it.
+      relative: relative position bias, "none", "shared" by all blocks or "per_block".
+      layer_scale: initial gamma of both branches; 0 for no layer scale.
+      qkv_bias: bias of "none", "qv" (BEiT, SimMIM) or "qkv".
+      drop_path: rate at the last block, growing linearly from 0 at the first.
+      final_norm: LayerNorm after the last block.
+      prefix: tokens before the patches: 0, 1 = CLS, 1 + R = CLS and R registers.
+      init: whose initialisation: "moco_v3", "simmim", "mae" or "timm".
+      dtype: of matrix products and activations: "float32" or "bfloat16".
+      remat: recompute each block in the backward pass (less memory, more time).
+      mlp_ratio: hidden width of the MLP over D.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    patch: int
+    image: tuple[int, int]
+    stem: str
+    position: str
+    relative: str
+    layer_scale: float
+    qkv_bias: str
+    drop_path: float
+    final_norm: bool
+    prefix: int
+    init: str
+    dtype: str
+    remat: bool
+    mlp_ratio: float = 4.0
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches as (rows, columns)."""
+        return self.image[0] // self.patch, self.image[1] // self.patch
+
+    @property
+    def tokens(self) -> int:
+        """T = prefix + N."""
+        return self.prefix + math.prod(self.grid)
+
+
+class ViT(nn.Module):
+    """Vision Transformer encoder (Dosovitskiy et al. 2021): pre-norm, exact GELU.
+
+    Parameters are float32; so are softmax and LayerNorm, whatever `spec.dtype` is.
+    """
+
+    spec: Spec
+
+    def setup(self) -> None:
+        spec = self.spec
+        inits = initializers(spec)
+        stem = ConvStem if spec.stem == "conv" else PatchEmbed
+        self.patch_embed = stem(spec)
+        if spec.prefix:
+            self.cls_token = self.param("cls_token", inits["token"], (1, 1, spec.width))
+        if spec.prefix > 1:
+            shape = (1, spec.prefix - 1, spec.width)
+            self.registers = self.param("registers", inits["token"], shape)
+        if spec.position != "none":
+            shape = (1, min(spec.prefix, 1) + math.prod(spec.grid), spec.width)
+            self.pos_embed = self.param("pos_embed", position_init(spec), shape)
+        if spec.relative == "shared":
+            zeros = nn.initializers.zeros
+            self.rel_table = self.param("rel_table", zeros, relative_shape(spec))
+        block = nn.remat(Block) if spec.remat else Block
+        self.block = [block(spec, i) for i in range(spec.depth)]  # block_0, block_1 ...
+        if spec.final_norm:
+            self.ln_final = layer_norm()
+
+    def embed(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """(B, rows, columns, 3) normalised images -> patch embeddings (B, N, D)."""
+        if images.shape[1:] != (*self.spec.image, 3):
+            raise ValueError(
+                f"images of shape {tuple(images.shape[1:])} given to an encoder for "
+                f"{(*self.spec.image, 3)}; resize them or change encoder.image"
+            )
+        return shard_batch(self.patch_embed(images, train))
+
+    def place(self, patches: jax.Array) -> jax.Array:
+        """Put the prefix before (B, N, D) patches and add positions -> (B, T, D).
+
+        Registers come after CLS and carry no position (as in DINOv2).
+        """
+        parts = [patches]
+        if self.spec.prefix:
+            parts = [_spread(self.cls_token, patches), patches]
+        x = jnp.concatenate(parts, axis=1)
+        if self.spec.position != "none":
+            x = x + self.pos_embed.astype(x.dtype)
+        if self.spec.prefix > 1:
+            registers = _spread(self.registers, patches)
+            x = jnp.concatenate([x[:, :1], registers, x[:, 1:]], axis=1)
+        return x
+
+    def encode(
+        self, tokens: jax.Array, key: jax.Array | None = None
+    ) -> tuple[jax.Array, dict[str, tuple[jax.Array, ...]]]:
+        """Run the blocks on placed tokens (B, T, D).
+
+        Args:
+          tokens: from `place`. Any number of tokens, unless `relative` is used.
+          key: draws drop path; None turns it off.
+
+        Returns:
+          The tokens (B, T, D) after the final norm if there is one, and the taps, all
+          before the final norm; what nobody reads, jit prunes:
+            "residual": 2L + 1 arrays (B, T, D): the embedding, then after each
+              block's attention and after each block's MLP;
+            "attention": L arrays (B, H, T, T), probabilities, float32;
+            "head_outputs": L arrays (B, H, T, d), attention x values.
+        """
+        x = tokens.astype(self.spec.dtype)
+        residual, attention, head_outputs = [x], [], []
+        bias = (
+            relative_bias(self.rel_table, self.spec)
+            if self.spec.relative == "shared"
+            else None
+        )
+        keys = [None] * self.spec.depth
+        if key is not None and self.spec.drop_path:
+            keys = jax.random.split(key, self.spec.depth)
+        for i in range(self.spec.depth):
+            taps = self.block[i](x, bias, keys[i])
+            x = shard_batch(taps["mlp"])
+            residual += [taps["attn"], x]
+            attention.append(taps["attention"])
+            head_outputs.append(taps["head_outputs"])
+        if self.spec.final_norm:
+            x = self.ln_final(x).astype(self.spec.dtype)
+        return x, {
+            "residual": tuple(residual),
+            "attention": tuple(attention),
+            "head_outputs": tuple(head_outputs),
+        }
+
+    def __call__(
+        self, images: jax.Array, key: jax.Array | None = None, train: bool = False
+    ) -> tuple[jax.Array, dict[str, tuple[jax.Array, ...]]]:
+        """`encode(place(embed(images)))`."""
+        return self.encode(self.place(self.embed(images, train)), key)
+
+
+def make(**fields: object) -> ViT:
+    """A `ViT` whose fields have been checked.
+
+    Raises:
+      ValueError: a field whose value cannot work, with those that can.
+    """
+    fields["image"] = tuple(fields["image"])
+    spec = Spec(**fields)
+    for name, known in CHOICES.items():
+        if getattr(spec, name) not in known:
+            raise ValueError(
+                f"encoder.{name}={getattr(spec, name)!r}; known: {', '.join(known)}"
+            )
+    for side in spec.image:
+        if side % spec.patch or side <= 0:
+            fits = tuple(max(s // spec.patch, 1) * spec.patch for s in spec.image)
+            raise ValueError(
+                f"image size {spec.image} is not a multiple of patch {spec.patch}; "
+                f"use for instance {fits}"
+            )
+    if spec.width % spec.heads:
+        raise ValueError(f"width {spec.width} does not divide into {spec.heads} heads")
+    if spec.position.endswith("sincos") and spec.width % 4:
+        raise ValueError(f"sin-cos positions need a width % 4 == 0, got {spec.width}")
+    if spec.stem == "conv" and (spec.patch < 2 or spec.patch & (spec.patch - 1)):
+        raise ValueError(f"a conv stem needs patch 2, 4, 8, 16 ..., got {spec.patch}")
+    return ViT(spec)
+
+
+class Block(nn.Module):
+    """x += attention(LN(x)); x += MLP(LN(x)); returns every tap by name."""
+
+    spec: Spec
+    index: int
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, bias: jax.Array | None, key: jax.Array | None
+    ) -> dict[str, jax.Array]:
+        rate = self.spec.drop_path * self.index / max(self.spec.depth - 1, 1)
+        keys = (None, None) if key is None else jax.random.split(key)
+        out, attention, heads = Attention(self.spec, self.index, name="attn")(
+            layer_norm("ln1")(x), bias
+        )
+        attn = x + drop_path(self.scale("gamma_1", out), rate, keys[0])
+        out = MLP(self.spec, self.index, name="mlp")(layer_norm("ln2")(attn))
+        mlp = attn + drop_path(self.scale("gamma_2", out), rate, keys[1])
+        return {
+            "attn": attn,
+            "mlp": mlp,
+            "attention": attention,
+            "head_outputs": heads,
+        }
+
+    def scale(self, name: str, branch: jax.Array) -> jax.Array:
+        if not self.spec.layer_scale:
+            return branch
+        init = nn.initializers.constant(self.spec.layer_scale)
+        gamma = self.param(name, init, (self.spec.width,))
+        return branch * gamma.reshape(1, 1, -1).astype(branch.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention that returns its probabilities and head outputs."""
+
+    spec: Spec
+    index: int
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, bias: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        spec, inits = self.spec, initializers(self.spec, self.index)
+        if spec.relative == "per_block":
+            zeros = nn.initializers.zeros
+            table = self.param("rel_table", zeros, relative_shape(spec))
+            bias = relative_bias(table, spec)
+        q, k, v = (
+            nn.DenseGeneral(
+                (spec.heads, spec.width // spec.heads),
+                use_bias=name in spec.qkv_bias,
+                kernel_init=inits["qkv"],
+                dtype=spec.dtype,
+                name=name,
+            )(x)  # (B, T, D) -> (B, T, H, d)
+            for name in "qkv"
+        )
+        q = q * (spec.width // spec.heads) ** -0.5
+        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
+        if bias is not None:
+            logits = logits + bias[None]
+        attention = jax.nn.softmax(logits)
+        heads = jnp.einsum("bhqk,bkhd->bhqd", attention.astype(v.dtype), v)
+        out = nn.DenseGeneral(
+            spec.width,
+            axis=(-2, -1),
+            kernel_init=inits["residual"],
+            dtype=spec.dtype,
+            name="out",
+        )(heads.swapaxes(1, 2))  # (B, H, T, d) -> (B, T, H, d) -> (B, T, D)
+        return out, attention, heads
+
+
+class MLP(nn.Module):
+    """Linear D -> 4D, exact (erf) GELU, linear 4D -> D."""
+
+    spec: Spec
+    index: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        spec, inits = self.spec, initializers(self.spec, self.index)
+        hidden = round(spec.mlp_ratio * spec.width)
+        fc1 = nn.Dense(
+            hidden, kernel_init=inits["linear"], dtype=spec.dtype, name="fc1"
+        )
+        fc2 = nn.Dense(
+            spec.width, kernel_init=inits["residual"], dtype=spec.dtype, name="fc2"
+        )
+        return fc2(nn.gelu(fc1(x), approximate=False))
+
+
+class PatchEmbed(nn.Module):
+    """One linear map of each patch: the P x P stride-P convolution as a product."""
+
+    spec: Spec
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+        spec, inits = self.spec, initializers(self.spec)
+        (rows, columns), p = spec.grid, spec.patch
+        kernel = self.param("kernel", inits["patch"], (p, p, 3, spec.width))
+        bias = self.param("bias", inits["patch_bias"], (spec.width,))
+        x = images.astype(spec.dtype).reshape(-1, rows, p, columns, p, 3)
+        x = x.swapaxes(2, 3).reshape(-1, rows * columns, p * p * 3)  # (B, N, 3PP)
+        x = x @ kernel.reshape(-1, spec.width).astype(spec.dtype)
+        return x + bias.reshape(1, 1, -1).astype(spec.dtype)
+
+
+class ConvStem(nn.Module):
+    """log2(P) x [3x3 stride-2 convolution, BatchNorm, ReLU], then 1x1 (MoCo v3)."""
+
+    spec: Spec
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+        spec, x = self.spec, images.astype(self.spec.dtype)
+        count = int(math.log2(spec.patch))
+        for i in range(count):
+            x = nn.Conv(
+                spec.width >> (count - 1 - i),  # D/8, D/4, D/2, D for P = 16
+                (3, 3),
+                strides=2,
+                padding=1,
+                use_bias=False,
+                kernel_init=fan_in_uniform(9 * x.shape[-1]),
+                dtype=spec.dtype,
+                name=f"conv_{i}",
+            )(x)
+            x = nn.relu(BatchNorm(name=f"bn_{i}")(x, train))
+        init = fan_in_uniform(spec.width)
+        proj = nn.Dense(
+            spec.width, kernel_init=init, bias_init=init, dtype=spec.dtype, name="proj"
+        )
+        return proj(
+            x.reshape(x.shape[0], -1, spec.width)
+        )  # (B, rows, cols, D) -> (B, N, D)
+
+
+def layer_norm(name: str | None = None) -> nn.LayerNorm:
+    """Epsilon 1e-6, float32, two-pass variance."""
+    return nn.LayerNorm(
+        epsilon=1e-6, dtype=jnp.float32, use_fast_variance=False, name=name
+    )
+
+
+def drop_path(branch: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Drop a whole branch per sample with probability `rate`, rescale the kept."""
+    if key is None or not rate:
+        return branch
+    keep = jax.random.bernoulli(key, 1.0 - rate, (branch.shape[0], 1, 1))
+    return branch * (keep / (1.0 - rate)).astype(branch.dtype)
+
+
+def shard_batch(x: jax.Array) -> jax.Array:
+    """Keep the leading axis split over every axis of the mesh in use, if one is."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    spec = jax.sharding.PartitionSpec(mesh.axis_names)
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def _spread(token: jax.Array, like: jax.Array) -> jax.Array:
+    shape = (like.shape[0], *token.shape[1:])
+    return jnp.broadcast_to(token.astype(like.dtype), shape)

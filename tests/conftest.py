@@ -1,0 +1,37 @@
+"""Eight virtual CPU devices; rank promotion raises; see pyproject for warnings."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+class Golden(dict):
+    """A recording as a flat mapping; `group("params")` gives one group of it."""
+
+    def group(self, name: str) -> dict[str, np.ndarray]:
+        start = name + "/"
+        return {k[len(start) :]: v for k, v in self.items() if k.startswith(start)}
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """`golden("moco_v3")` -> the arrays of tests/golden/moco_v3.npz."""
+    folder = pathlib.Path(__file__).parent / "golden"
+
+    def load(name: str) -> Golden:
+        with np.load(folder / f"{name}.npz") as file:
+            return Golden({k: file[k] for k in file.files})
+
+    return load

@@ -1,0 +1,107 @@
+"""Tiny encoders and what the recordings agree with: shared by several tests."""
+
+import numpy as np
+
+from clvsmim import vit
+from clvsmim.objectives import Objective, hybrid, moco_v3, simmim
+
+TINY = {
+    "image": (32, 32),
+    "patch": 8,
+    "width": 48,
+    "depth": 3,
+    "heads": 3,
+    "stem": "patch",
+    "position": "none",
+    "relative": "none",
+    "layer_scale": 0.0,
+    "qkv_bias": "qkv",
+    "drop_path": 0.0,
+    "final_norm": True,
+    "prefix": 1,
+    "init": "timm",
+    "dtype": "float32",
+    "remat": False,
+}
+MOCO = TINY | {"position": "moco_sincos", "init": "moco_v3"}
+SIMMIM = TINY | {
+    "relative": "shared",
+    "layer_scale": 0.1,
+    "qkv_bias": "qv",
+    "init": "simmim",
+}
+
+
+def tiny(base: dict = TINY, **fields: object) -> vit.ViT:
+    """A 32 px, patch 8, width 48, 3-block, 3-head encoder: the recordings' shape."""
+    return vit.make(**(base | fields))
+
+
+def close(ours: object, theirs: object, scale: float = 0.0, rtol: float = 1e-4) -> None:
+    """|a - b| <= rtol max|theirs| + 1e-6 scale: what float32 recordings allow.
+
+    `scale` is the largest value over all tensors of the kind: some tensors are exactly
+    zero in real arithmetic, and hold only rounding noise of the others.
+    """
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    assert ours.shape == theirs.shape
+    worst = np.abs(ours - theirs).max()
+    allowed = rtol * np.abs(theirs).max() + 1e-6 * scale
+    assert worst <= allowed, f"{worst} > {allowed}"
+
+
+COLOUR = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+CROP = {"aspect": (3 / 4, 4 / 3), "filter": "bilinear"}
+VIEW = {
+    "brightness": 0.4,
+    "contrast": 0.4,
+    "saturation": 0.2,
+    "hue": 0.1,
+    "jitter_p": 0.8,
+    "grey_p": 0.2,
+    "blur_sigma": (0.1, 2.0),
+    "solarize_threshold": 128,
+    "flip_p": 0.5,
+}
+
+
+def tiny_moco_v3(encoder: vit.ViT) -> Objective:
+    """The recorded MoCo v3: hidden 64, output 32, tau 0.2, m 0.99."""
+    return moco_v3.make(
+        encoder=encoder,
+        crop=CROP | {"area": (0.08, 1.0)},
+        view_1=VIEW | {"blur_p": 1.0, "solarize_p": 0.0},
+        view_2=VIEW | {"blur_p": 0.1, "solarize_p": 0.2},
+        projector=(64, 64, 32),
+        predictor=(64, 32),
+        tau=0.2,
+        momentum=0.99,
+        **COLOUR,
+    )
+
+
+def tiny_simmim(encoder: vit.ViT) -> Objective:
+    """The recorded SimMIM: cells of 16 px, 60% hidden."""
+    return simmim.make(
+        encoder=encoder,
+        crop=CROP | {"area": (0.67, 1.0)},
+        flip_p=0.5,
+        mask_unit=16,
+        mask_ratio=0.6,
+        **COLOUR,
+    )
+
+
+def tiny_hybrid(encoder: vit.ViT, lam: float) -> Objective:
+    """(1 - lam) SimMIM + lam MoCo v3."""
+    mim, cl = tiny_simmim(encoder), tiny_moco_v3(encoder)
+    return hybrid.make(encoder=encoder, lam=lam, mim=mim, cl=cl)
+
+
+def tiny_objectives() -> dict[str, Objective]:
+    """One of each method."""
+    return {
+        "moco_v3": tiny_moco_v3(tiny(MOCO)),
+        "simmim": tiny_simmim(tiny(SIMMIM, drop_path=0.1)),
+        "hybrid": tiny_hybrid(tiny(SIMMIM, drop_path=0.1), 0.5),
+    }
