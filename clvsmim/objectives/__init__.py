@@ -1,0 +1,81 @@
+"""A training method is an `Objective`: a handful of pure functions, one file each."""
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Tree = Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What a method is, to the trainer. No base class; combine with functions.
+
+    `params` and `extra` are both `{"encoder": ..., "heads": ...}`: what is optimised,
+    and what training carries beside it (batch statistics, teacher).
+
+    Attributes:
+      name: folded into every key, so that two objectives never share a draw.
+      encoder: the `ViT` that `params["encoder"]` belongs to.
+      views: one per crop, `(PIL image, numpy Generator) -> uint8 (rows, columns, 3)`;
+        they run in the data workers and can be pickled.
+      prepare: `(key, batch, *, train) -> inputs`: flips, jitter, masks, on the device;
+        `batch["views"]` is a tuple of uint8 arrays (B, rows, columns, 3).
+      init: `(key, inputs, given=None) -> (params, extra)`; `given` is a trained encoder
+        {"params", "stats"} to start from, instead of a random one.
+      loss: `(params, extra, inputs, key, *, progress, train) ->
+        (scalar, (extra, logs))`; `progress` is step / total.
+      after: `(params, extra, progress) -> extra`, after the optimizer (EMA).
+      reconstruct: `(params, extra, inputs) -> (image, mask, reconstruction)`, each
+        (B, rows, columns, 3), normalised as the inputs; None if there is none.
+    """
+
+    name: str
+    encoder: Any
+    views: tuple[Callable, ...]
+    prepare: Callable
+    init: Callable
+    loss: Callable
+    after: Callable
+    reconstruct: Callable | None = None
+
+
+def fold(key: jax.Array, name: str) -> jax.Array:
+    """A key for `name`. crc32, because Python's `hash` differs between processes."""
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+def apply(
+    module: Any, params: Tree, stats: Tree, *args: Any, train: bool, method: str = None
+) -> tuple[Any, Tree]:
+    """Apply a module: (its output, its batch statistics, updated if `train`)."""
+    variables = {"params": params, "stats": stats}
+    if method != "encode":  # the blocks hold no batch statistics
+        args = (*args, train)
+    out, new = module.apply(variables, *args, method=method, mutable=["stats"])
+    return out, new.get("stats", stats) if train else stats
+
+
+def init_encoder(module: Any, key: jax.Array, images: jax.Array, given: Tree) -> Tree:
+    """{"params", "stats"}: the given encoder, or a new one that every method shares."""
+    if given is not None:
+        return given
+    return {"stats": {}} | module.init(fold(key, "encoder"), images, train=True)
+
+
+def ema_rate(momentum: float, progress: jax.Array) -> jax.Array:
+    """1 - m of a teacher whose momentum m grows to 1 along a half cosine.
+
+    The rate itself, because 1 - m in float32 has no digits left near the end
+    (MoCo v3, BYOL).
+    """
+    return (1.0 - momentum) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+
+
+def ema(teacher: Tree, student: Tree, rate: jax.Array) -> Tree:
+    """`teacher + rate * (student - teacher)`, leaf by leaf."""
+    return jax.tree.map(lambda t, s: t + rate * (s - t), teacher, student)
