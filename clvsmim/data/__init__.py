@@ -1,0 +1,41 @@
+"""Sources of images, crops made on the host, and the pipeline that batches them.
+
+A source is a file here with `make(*, split, ...) -> Source`; a host view is a frozen
+dataclass of `crops.py`, or any other picklable callable with a name.
+"""
+
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+
+class Source(Protocol):
+    """Random access to labelled images; can be pickled.
+
+    `source[i]` is `{"image": PIL image or uint8 array (h, w, 3), "label": int,
+    "index": int}`, with further integers where a source has them, and always the same
+    for the same i. A file that cannot be read is a ValueError with its name. Labels
+    are 0 to `num_classes - 1`.
+    """
+
+    name: str
+    num_classes: int
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+class HostView(Protocol):
+    """`(PIL image, numpy Generator) -> uint8 (h, w, 3)`; the name seeds the generator.
+
+    Two views of one objective need two names, or they would make the same crop.
+    """
+
+    name: str
+
+    def __call__(
+        self, image: Image.Image, generator: np.random.Generator
+    ) -> np.ndarray: ...

@@ -1,0 +1,179 @@
+"""Host views: `(PIL image, numpy Generator) -> uint8 (h, w, 3)`, run by the workers."""
+
+import math
+import pathlib
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+FILTERS = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
+Box = tuple[int, int, int, int]  # left, upper, right, lower, in pixels
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomResizedCrop:
+    """A random part of the image, resized: the crop of Inception, as in torchvision.
+
+    Attributes:
+      name: seeds the generator; one name per view.
+      size: (height, width) of the result.
+      area: smallest and largest share of the image's area.
+      aspect: smallest and largest width / height, log-uniform between.
+      filter: "bilinear" or "bicubic", both antialiased.
+    """
+
+    name: str
+    size: tuple[int, int]
+    area: tuple[float, float]
+    aspect: tuple[float, float]
+    filter: str
+
+    def __post_init__(self) -> None:
+        _check_filter(self.filter)
+        _check_range("area", self.area, 1.0)
+        _check_range("aspect", self.aspect, math.inf)
+
+    def __call__(
+        self, image: Image.Image, generator: np.random.Generator
+    ) -> np.ndarray:
+        box = random_box(image.size, self.area, self.aspect, generator)
+        return _resize(image.crop(box), self.size, self.filter)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CenterCrop:
+    """Evaluation: resize the shorter side to `resize`, cut `size` from the middle.
+
+    Attributes:
+      name: as in `RandomResizedCrop`; nothing is random here.
+      size: (height, width) of the result, at most `resize`.
+      resize: length of the shorter side before the cut.
+      filter: "bilinear" or "bicubic", both antialiased.
+    """
+
+    name: str
+    size: tuple[int, int]
+    resize: int
+    filter: str
+
+    def __post_init__(self) -> None:
+        _check_filter(self.filter)
+        if max(self.size) > self.resize:
+            raise ValueError(
+                f"cannot cut {self.size} from an image resized to {self.resize}; "
+                "resize must be at least as large as the crop"
+            )
+
+    def __call__(
+        self, image: Image.Image, generator: np.random.Generator | None = None
+    ) -> np.ndarray:
+        del generator
+        width, height = image.size
+        scale = self.resize / min(width, height)
+        # The longer side is truncated, not rounded, as in torchvision.
+        long = int(self.resize * max(width, height) / min(width, height))
+        wide = (self.resize, long) if width < height else (long, self.resize)
+        if scale != 1.0:
+            image = image.resize(wide, FILTERS[self.filter])
+        left, upper = (round((wide[i] - self.size[1 - i]) / 2) for i in range(2))
+        image = image.crop((left, upper, left + self.size[1], upper + self.size[0]))
+        return to_array(image)
+
+
+def random_box(
+    size: tuple[int, int],
+    area: tuple[float, float],
+    aspect: tuple[float, float],
+    generator: np.random.Generator,
+) -> Box:
+    """Ten tries to place a box of random area and aspect; then the largest centred one.
+
+    Args:
+      size: (width, height) of the image, Pillow's order.
+      area, aspect: ranges, see `RandomResizedCrop`.
+      generator: advanced by four draws per try.
+    """
+    width, height = size
+    low, high = math.log(aspect[0]), math.log(aspect[1])
+    for _ in range(10):
+        target = width * height * generator.uniform(*area)
+        ratio = math.exp(generator.uniform(low, high))
+        w = round(math.sqrt(target * ratio))
+        h = round(math.sqrt(target / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left = int(generator.integers(0, width - w + 1))
+            upper = int(generator.integers(0, height - h + 1))
+            return left, upper, left + w, upper + h
+    return _center_box(size, aspect)
+
+
+def _center_box(size: tuple[int, int], aspect: tuple[float, float]) -> Box:
+    """The largest centred box whose aspect is allowed."""
+    width, height = size
+    w, h = width, height
+    if width / height < aspect[0]:
+        h = max(1, round(width / aspect[0]))
+    elif width / height > aspect[1]:
+        w = max(1, round(height * aspect[1]))
+    left, upper = (width - w) // 2, (height - h) // 2
+    return left, upper, left + w, upper + h
+
+
+def read_image(path: pathlib.Path) -> Image.Image:
+    """Decode a file to RGB.
+
+    Raises:
+      ValueError: the file is missing or is no image, with its name.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError) as error:
+        raise ValueError(_unreadable(path, error)) from error
+
+
+def to_image(image: Image.Image | np.ndarray) -> Image.Image:
+    """A decoded RGB image of a Pillow image or of a uint8 array (h, w, 3).
+
+    Raises:
+      ValueError: the file under a Pillow image cannot be read, with its name.
+    """
+    if isinstance(image, np.ndarray):
+        return Image.fromarray(image)
+    try:
+        image.load()  # Pillow reads the pixels now, and a short file is found out
+    except (OSError, SyntaxError) as error:
+        name = getattr(image, "filename", "without a name")
+        raise ValueError(_unreadable(name, error)) from error
+    return image.convert("RGB") if image.mode != "RGB" else image
+
+
+def to_array(image: Image.Image) -> np.ndarray:
+    """uint8 (h, w, 3) of any Pillow image."""
+    return np.asarray(to_image(image))
+
+
+def _unreadable(name: object, error: Exception) -> str:
+    return f"cannot read the image {name}: {error}; replace or remove the file"
+
+
+def _resize(image: Image.Image, size: tuple[int, int], filter: str) -> np.ndarray:
+    return to_array(image.resize((size[1], size[0]), FILTERS[filter]))
+
+
+def _check_filter(filter: str) -> None:
+    if filter not in FILTERS:
+        raise ValueError(
+            f"unknown filter {filter!r}, expected one of: {', '.join(FILTERS)}"
+        )
+
+
+def _check_range(what: str, bounds: tuple[float, float], most: float) -> None:
+    if not 0.0 < bounds[0] <= bounds[1] <= most:
+        raise ValueError(
+            f"{what} is {bounds}, expected (low, high) with 0 < low <= high <= {most}"
+        )
