@@ -19,6 +19,18 @@ def named(tree: Tree) -> dict[str, Any]:
     return {name_of(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+def nest(leaves: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `named` for nested dicts: {"a/b": 1} -> {"a": {"b": 1}}."""
+    root: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *folders, last = name.split("/")
+        node = root
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[last] = leaf
+    return root
+
+
 def map_named(function: Callable, tree: Tree, *rest: Tree) -> Tree:
     """Like `jax.tree.map`, with the leaf's name as the first argument."""
     return jax.tree_util.tree_map_with_path(
