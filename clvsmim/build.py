@@ -1,0 +1,247 @@
+"""A config and devices -> a program: the one place where settings meet functions.
+
+Shared by training, analysis, ahead-of-time compilation and the tests. Everything below
+takes explicit keywords, so a misspelt or missing key is an error here.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from clvsmim import mesh as meshes
+from clvsmim import optim, plugin, tree, vit
+from clvsmim.data import Source
+from clvsmim.objectives import Objective
+from clvsmim.step import Optimizer, init_params, make_init, make_step
+
+Tree = Any
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Program:
+    """All that a command needs to run a config.
+
+    Attributes:
+      init: `(given=None) -> State`, born sharded: no unsharded copy ever exists.
+      step: `(state, batch) -> (state, logs)`; the state is donated.
+      state: ShapeDtypeStructs with shardings, to restore onto.
+      batch: ShapeDtypeStructs of a global batch, with shardings.
+      total, steps_per_epoch: numbers of steps.
+    """
+
+    objective: Objective
+    source: Source
+    mesh: jax.sharding.Mesh
+    init: Callable
+    step: Callable
+    state: Tree
+    batch: Tree
+    total: int
+    steps_per_epoch: int
+
+
+def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Program:
+    """The program of a config on `devices` (all by default).
+
+    Equal configs on equal devices give the identical program, so that building twice
+    does not compile twice.
+
+    Raises:
+      ValueError: what is wrong with the config, and how to fix it.
+    """
+    devices = tuple(jax.devices() if devices is None else devices)
+    return _build(FrozenConfigDict(config), devices)
+
+
+@functools.lru_cache(maxsize=16)
+def _build(config: FrozenConfigDict, devices: tuple) -> Program:
+    return plugin.call(program, "the config", devices=devices, **plain(config))
+
+
+def program(
+    *,
+    devices: Sequence[jax.Device],
+    seed: int,
+    batch: int,
+    epochs: float,
+    encoder: dict[str, Any],
+    input: dict[str, Any],
+    objective: dict[str, Any],
+    data: dict[str, Any],
+    optim: dict[str, Any],
+    mesh: dict[str, Any],
+    log: dict[str, Any],
+    init: dict[str, Any],
+) -> Program:
+    """The sections of a config; `log` and `init` are for the training loop alone.
+
+    Raises:
+      ValueError: as `build`.
+    """
+    plugin.check(log_section, "log", log)
+    plugin.check(init_section, "init", init)
+    grid = plugin.call(meshes.make, "mesh", devices=devices, **mesh)
+    meshes.check_batch(batch, grid)
+    method = make_objective(make_encoder(encoder), input, objective)
+    source = make_source(data, "train")
+    steps_per_epoch = len(source) // batch
+    if not steps_per_epoch:
+        raise ValueError(f"batch {batch} is larger than the {len(source)} images")
+    total = round(epochs * steps_per_epoch)
+    if total < 1:
+        raise ValueError(f"epochs={epochs} is no step; use at least {1 / len(source)}")
+    spec = batch_spec(method, batch, grid)
+    optimizer = make_optimizer(method, optim, total, steps_per_epoch)
+    born = make_init(method, optimizer, spec, seed=seed)
+    shapes = jax.eval_shape(born)
+    shardings = meshes.state_shardings(shapes, grid)
+    step = make_step(method, optimizer, seed=seed, total=total)
+    return Program(
+        objective=method,
+        source=source,
+        mesh=grid,
+        init=jax.jit(on_mesh(born, grid), out_shardings=shardings),
+        step=jax.jit(
+            on_mesh(step, grid),
+            in_shardings=(shardings, meshes.batch_sharding(grid)),
+            out_shardings=(shardings, meshes.replicated(grid)),
+            donate_argnums=0,
+        ),
+        state=jax.tree.map(_with_sharding, shapes, shardings),
+        batch=spec,
+        total=total,
+        steps_per_epoch=steps_per_epoch,
+    )
+
+
+def log_section(*, every: int, save: int, keep: int, tensorboard: bool) -> None:
+    """Names the keys of the section `log`.
+
+    Steps between records, steps between checkpoints, how many of these stay, and
+    whether TensorBoard gets the records too.
+    """
+
+
+def init_section(*, path: str) -> None:
+    """Names the keys of the section `init`: the workdir whose encoder to start from."""
+
+
+def loader_section(*, source: dict, workers: int, threads: int, prefetch: int) -> None:
+    """Names the keys of the section `data`; see `data.pipeline.batches`."""
+
+
+def plain(config: ConfigDict | FrozenConfigDict) -> dict[str, Any]:
+    """A config as nested dicts, references resolved, lists as tuples."""
+
+    def walk(x: Any) -> Any:
+        if isinstance(x, ConfigDict):
+            return {k: walk(v) for k, v in x.items()}
+        return tuple(walk(v) for v in x) if isinstance(x, list | tuple) else x
+
+    return walk(config)
+
+
+def make_encoder(section: dict[str, Any]) -> vit.ViT:
+    """The section `encoder`: the fields of `vit.Spec`."""
+    plugin.check(vit.Spec, "encoder", section)
+    return vit.make(**section)
+
+
+def make_objective(
+    encoder: vit.ViT, input: dict[str, Any], section: dict[str, Any]
+) -> Objective:
+    """The section `objective`; a part of it with a `name` is an objective in turn."""
+    parts = {
+        key: make_objective(encoder, input, value)
+        if isinstance(value, dict) and "name" in value
+        else value
+        for key, value in section.items()
+    }
+    if not any(isinstance(part, Objective) for part in parts.values()):
+        parts |= input
+    name = _named(parts, "objective")
+    return plugin.load("objectives", name, encoder=encoder, **parts)
+
+
+def make_source(section: dict[str, Any], split: str) -> Source:
+    """The section `data`: its source, of one split."""
+    plugin.check(loader_section, "data", section)
+    source = dict(section["source"])
+    return plugin.load("data", _named(source, "data.source"), split=split, **source)
+
+
+def make_optimizer(
+    objective: Objective,
+    section: dict[str, Any],
+    total: int,
+    steps_per_epoch: int,
+) -> Optimizer:
+    """The section `optim`: groups by name, schedule, rule."""
+    params, _ = abstract_params(objective)
+    section = dict(section)
+    known = ("no_decay", "no_trust", "frozen", "layer_decay")
+    groups = optim.groups(params, **{k: section.pop(k) for k in known if k in section})
+    schedule = dict(section.pop("schedule", {}))
+    rate = optim.schedule(
+        _named(schedule, "optim.schedule"),
+        total_steps=total,
+        steps_per_epoch=steps_per_epoch,
+        **schedule,
+    )
+    name = _named(section, "optim")
+    return Optimizer(
+        groups, optim.optimizer(groups, name, schedule=rate, **section), rate
+    )
+
+
+def abstract_params(objective: Objective) -> tuple[Tree, Tree]:
+    """Shapes of (params, extra), to check a checkpoint against."""
+    spec = batch_spec(objective, 2)
+    return jax.eval_shape(functools.partial(init_params, objective, spec, 0))
+
+
+def batch_spec(
+    objective: Objective, batch: int, mesh: jax.sharding.Mesh | None = None
+) -> Tree:
+    """Shapes of a global batch, with shardings if there is a mesh."""
+    split = meshes.batch_sharding(mesh) if mesh else None
+
+    def leaf(shape: tuple, dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=split)
+
+    return {
+        "views": tuple(leaf((*v.size, 3), np.uint8) for v in objective.views),
+        "label": leaf((), np.int32),
+        "index": leaf((), np.int32),
+    }
+
+
+def on_mesh(function: Callable, mesh: jax.sharding.Mesh) -> Callable:
+    """`function`, traced with `mesh` as the one that activations are split over."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return wrapped
+
+
+def count(params: Tree) -> int:
+    """Number of parameters."""
+    return sum(x.size for x in tree.named(params).values())
+
+
+def _named(section: dict[str, Any], where: str) -> str:
+    if "name" not in section:
+        raise ValueError(f"{where} needs a name")
+    return section.pop("name")
+
+
+def _with_sharding(x: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)

@@ -1,0 +1,115 @@
+"""`clvsmim VERB ...`, which is `python -m clvsmim.VERB ...`.
+
+Bad input ends in one line on stderr and exit status 2. Set CLVSMIM_DEBUG=1 to see the
+traceback instead.
+"""
+
+import contextlib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from clvsmim import plugin
+
+VERBS = {
+    "train": "train an encoder by a config",
+    "analyze": "measure a trained encoder",
+    "demo": "train three small encoders on photographs, measure them, show the report",
+}
+
+
+def main() -> None:
+    """The console script."""
+    argv = sys.argv[1:]
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print("usage: clvsmim VERB ...   (clvsmim VERB --help tells more)\n")
+        print("\n".join(f"  {verb:10}{what}" for verb, what in VERBS.items()))
+        raise SystemExit(0 if argv else 2)
+    verb, *rest = argv
+    if verb not in VERBS:
+        fail("clvsmim", plugin.unknown("verb", verb, VERBS))
+    run(importlib.import_module(f"clvsmim.{verb}"), rest)
+
+
+def run(module: object, argv: Sequence[str] | None = None) -> None:
+    """Run the `main(argv)` of a command's module and turn bad input into one line."""
+    name = "clvsmim " + module.__name__.rsplit(".", 1)[-1]
+    try:
+        module.main(list(sys.argv[1:] if argv is None else argv))
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted; start it again to go on", file=sys.stderr)
+        raise SystemExit(130) from None
+    except (ValueError, OSError) as error:
+        if os.environ.get("CLVSMIM_DEBUG"):
+            raise
+        fail(name, str(error))
+
+
+def fail(name: str, message: str) -> None:
+    """One line on stderr, exit status 2."""
+    print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse(
+    doc: str, argv: Sequence[str], define: Callable, positional: str = ""
+) -> tuple[flags.FlagValues, list[str]]:
+    """Flags and positional arguments of one command.
+
+    Args:
+      doc: what --help prints above the flags.
+      define: `(flag_values) -> None`, defines the flags with absl.
+      positional: how the positional arguments are called, "" if there are none.
+
+    Raises:
+      ValueError: an unknown flag, a wrong value, or an argument too many.
+    """
+    values = flags.FlagValues()
+    define(values)
+    if {"-h", "--help"} & set(argv):
+        print(doc.strip(), "\n\nFlags:\n" + values.get_help().strip())
+        raise SystemExit(0)
+    try:
+        with _as_argv(argv):  # where ml_collections looks for the overrides
+            _, *rest = values(sys.argv)
+    except flags.Error as error:
+        raise ValueError(str(error)) from error
+    except (AttributeError, KeyError) as error:  # how ml_collections says it
+        raise ValueError(f"unknown config key {error.args[0]}") from error
+    except TypeError as error:
+        raise ValueError(f"bad --config override: {error}") from error
+    if rest and not positional:
+        raise ValueError(f"unexpected argument {rest[0]!r}; options begin with --")
+    return values, rest
+
+
+@contextlib.contextmanager
+def _as_argv(argv: Sequence[str]) -> Iterator[None]:
+    before, sys.argv = sys.argv, ["clvsmim", *argv]
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+def define_config(values: flags.FlagValues) -> None:
+    """The flag --config=FILE.py and its overrides --config.key=value."""
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "a file of configs/; --config.a.b=value overrides a key",
+        flag_values=values,
+    )
+
+
+def config_of(values: flags.FlagValues) -> ConfigDict:
+    """The config that --config names."""
+    if values.config is None:
+        raise ValueError(
+            "--config is missing; for example --config=configs/simmim_b.py"
+        )
+    return values.config
