@@ -29,10 +29,22 @@ def main() -> None:
         print("usage: clvsmim VERB ...   (clvsmim VERB --help tells more)\n")
         print("\n".join(f"  {verb:10}{what}" for verb, what in VERBS.items()))
         raise SystemExit(0 if argv else 2)
+    use_huge_pages()
     verb, *rest = argv
     if verb not in VERBS:
         fail("clvsmim", plugin.unknown("verb", verb, VERBS))
     run(importlib.import_module(f"clvsmim.{verb}"), rest)
+
+
+def use_huge_pages() -> None:
+    """On Linux, start again with huge pages in malloc.
+
+    XLA's CPU buffers are hundreds of megabytes, new in every step; with 4 KiB pages the
+    kernel spends a third of a small step mapping them. glibc reads this only at start.
+    """
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, [sys.executable, "-m", "clvsmim.cli", *sys.argv[1:]])
 
 
 def run(module: object, argv: Sequence[str] | None = None) -> None:
@@ -77,11 +89,15 @@ def parse(
         with _as_argv(argv):  # where ml_collections looks for the overrides
             _, *rest = values(sys.argv)
     except flags.Error as error:
-        raise ValueError(str(error)) from error
+        text = str(error)
+        text = _last_line(text) if "Traceback" in text else text  # of a config file
+        raise ValueError(text) from error
     except (AttributeError, KeyError) as error:  # how ml_collections says it
-        raise ValueError(f"unknown config key {error.args[0]}") from error
+        raise ValueError(f"unknown config key {_inner(error)}") from error
     except TypeError as error:
         raise ValueError(f"bad --config override: {error}") from error
+    except OSError as error:
+        raise ValueError(f"cannot load --config: {_last_line(error)}") from error
     if rest and not positional:
         raise ValueError(f"unexpected argument {rest[0]!r}; options begin with --")
     return values, rest
@@ -107,9 +123,28 @@ def define_config(values: flags.FlagValues) -> None:
 
 
 def config_of(values: flags.FlagValues) -> ConfigDict:
-    """The config that --config names."""
+    """The config that --config names.
+
+    Raises:
+      ValueError: it is missing.
+    """
     if values.config is None:
         raise ValueError(
-            "--config is missing; for example --config=configs/simmim_b.py"
+            "--config is missing; for example --config=configs/demo.py:simmim"
         )
     return values.config
+
+
+def _last_line(text: object) -> str:
+    return str(text).strip().splitlines()[-1].strip()
+
+
+def _inner(error: object) -> object:
+    """What an exception that wraps exceptions says."""
+    while isinstance(error, Exception):
+        error = error.args[0]
+    return error
+
+
+if __name__ == "__main__":
+    main()
