@@ -96,8 +96,6 @@ def parse(
         raise ValueError(f"unknown config key {_inner(error)}") from error
     except TypeError as error:
         raise ValueError(f"bad --config override: {error}") from error
-    except OSError as error:
-        raise ValueError(f"cannot load --config: {_last_line(error)}") from error
     if rest and not positional:
         raise ValueError(f"unexpected argument {rest[0]!r}; options begin with --")
     return values, rest
@@ -126,13 +124,17 @@ def config_of(values: flags.FlagValues) -> ConfigDict:
     """The config that --config names.
 
     Raises:
-      ValueError: it is missing.
+      ValueError: it is missing, or there is no such file.
     """
-    if values.config is None:
+    try:
+        config = values.config
+    except OSError as error:
+        raise ValueError(f"cannot load --config: {_last_line(error)}") from error
+    if config is None:
         raise ValueError(
             "--config is missing; for example --config=configs/demo.py:simmim"
         )
-    return values.config
+    return config
 
 
 def _last_line(text: object) -> str:
