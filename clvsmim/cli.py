@@ -126,8 +126,9 @@ def config_of(values: flags.FlagValues) -> ConfigDict:
     Raises:
       ValueError: it is missing, or there is no such file.
     """
+    config = values.config
     try:
-        config = values.config
+        _ = config and config.keys()  # a file that failed to load speaks up when used
     except OSError as error:
         raise ValueError(f"cannot load --config: {_last_line(error)}") from error
     if config is None:
