@@ -16,8 +16,9 @@ from collections.abc import Sequence
 import jax
 from absl import flags
 
-from clvsmim import analysis, analyze, cli, train
+from clvsmim import analysis, analyze, build, cli, train
 from clvsmim.configs import demo as recipe
+from clvsmim.data import photos
 
 NAMES = ("moco_v3", "simmim", "hybrid")
 IMAGES = 512
@@ -64,9 +65,8 @@ def report(out: str) -> pathlib.Path:
 
     folders = [(f"{out}/{name}", f"{out}/{name}/analysis") for name in NAMES]
     runs = [(present.read(*folder), folder[1]) for folder in folders]
-    return present.page(
-        out, "Three ways to learn without labels", runs, lead=LEAD, notes=notes()
-    )
+    heading = "Three ways to learn without labels"
+    return present.page(out, heading, runs, lead=LEAD, notes=[machine(), floor()])
 
 
 LEAD = (
@@ -78,17 +78,29 @@ LEAD = (
 )
 
 
-def notes() -> list[str]:
-    """What the numbers depend on."""
-    devices = jax.devices()
-    machine = (
-        f"{len(devices)} x {devices[0].device_kind}, Python {platform.python_version()}"
+def machine() -> str:
+    """What the numbers were computed on."""
+    devices, python = jax.devices(), platform.python_version()
+    return (
+        f"Run on {len(devices)} x {devices[0].device_kind} with jax {jax.__version__}, "
+        f"Python {python}. Bands are one standard error over images, for one training "
+        "each; they say nothing about another seed."
     )
-    return [
-        f"Run on {machine}, jax {jax.__version__}. Images: crops of photographs that "
-        "ship inside scikit-image and scikit-learn; the parts measured on were never "
-        "trained on. Bands are one standard error over images, of one training each.",
-    ]
+
+
+def floor() -> str:
+    """What the data give away for nothing."""
+    data = build.plain(recipe.get_config(NAMES[0]).data)
+    train, test = (build.make_source(data, split) for split in photos.SPLITS)
+    accuracy = photos.mean_rgb_ridge_floor(train, test)
+    chance = 1 / train.num_classes
+    return (
+        f"Images are crops of {train.num_classes} photographed scenes that ship inside "
+        "scikit-image and scikit-learn; the parts measured on were never trained on. The "
+        "mean colour of every crop was evened out: a ridge probe on mean RGB alone names "
+        f"the scene of {accuracy:.2%} of the held-out crops, against {chance:.2%} by "
+        "chance. That is the floor for any probe of these encoders."
+    )
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def get_config(name: str = "hybrid") -> ConfigDict:
     )
     config.input = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     moco_v3, simmim = contrastive(), masked()
-    hybrid = dict(name="hybrid", lam=0.5, mim=simmim, cl=moco_v3)
+    hybrid = dict(name="hybrid", lam=0.2, mim=simmim, cl=moco_v3)
     config.objective = {"moco_v3": moco_v3, "simmim": simmim, "hybrid": hybrid}[name]
     config.data = dict(
         source=dict(name="photos", length=4096, side=48),
