@@ -33,6 +33,7 @@ lint: $(DEV)
 	$(BIN)/ruff format --check .
 
 bench: $(CORE)
+	@test -n "$(BENCHMARKS)" || echo "benchmarks/ holds no script yet"
 	@set -e; for script in $(BENCHMARKS); do \
 	  echo "== $$script"; $(BIN)/python $$script $(ARGS); done
 

@@ -96,10 +96,10 @@ def floor() -> str:
     chance = 1 / train.num_classes
     return (
         f"Images are crops of {train.num_classes} photographed scenes that ship inside "
-        "scikit-image and scikit-learn; the parts measured on were never trained on. The "
-        "mean colour of every crop was evened out: a ridge probe on mean RGB alone names "
-        f"the scene of {accuracy:.2%} of the held-out crops, against {chance:.2%} by "
-        "chance. That is the floor for any probe of these encoders."
+        "scikit-image and scikit-learn; the parts measured on were never trained on. "
+        "The mean colour of every crop was evened out: a ridge probe on mean RGB alone "
+        f"names the scene of {accuracy:.2%} of the held-out crops, chance being "
+        f"{chance:.2%}. That is the floor for any probe of these encoders."
     )
 
 
