@@ -83,7 +83,7 @@ def program(
     Raises:
       ValueError: as `build`.
     """
-    plugin.check(log_section, "log", log)
+    plugin.call(log_section, "log", **log)
     plugin.check(init_section, "init", init)
     grid = plugin.call(meshes.make, "mesh", devices=devices, **mesh)
     meshes.check_batch(batch, grid)
@@ -120,11 +120,15 @@ def program(
 
 
 def log_section(*, every: int, save: int, keep: int, tensorboard: bool) -> None:
-    """Names the keys of the section `log`.
+    """The keys of the section `log`.
 
     Steps between records, steps between checkpoints, how many of these stay, and
     whether TensorBoard gets the records too.
     """
+    if min(every, save, keep) < 1:
+        raise ValueError(
+            f"log.every={every}, log.save={save}, log.keep={keep}: use >= 1"
+        )
 
 
 def init_section(*, path: str) -> None:

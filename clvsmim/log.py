@@ -1,6 +1,7 @@
 """What a run says while it trains: a JSON line per record, TensorBoard, a progress bar.
 
-Each of the three has `write(record)` and `close()`; a record is a dict with "step".
+Each of the three has `write(record)`, `flush()` and `close()`; a record is a dict with
+"step".
 """
 
 import datetime
@@ -120,9 +121,13 @@ class TensorBoard:
         scalars = {k: v for k, v in plain.items() if _is_number(v) and k != "step"}
         self._writer.write_scalars(int(plain["step"]), scalars)
 
+    def flush(self) -> None:
+        """Write what is buffered."""
+        self._writer.flush()
+
     def close(self) -> None:
         """Flush and close."""
-        self._writer.flush()
+        self.flush()
         self._writer.close()
 
 
@@ -178,6 +183,9 @@ class Progress:
         rate = (step - self._seen[0]) / (now - self._seen[1])
         left = datetime.timedelta(seconds=round((self._total - step) / rate))
         return [f"{rate * self._images:.0f} images/s", f"{left} left"]
+
+    def flush(self) -> None:
+        """Nothing is buffered."""
 
     def close(self) -> None:
         """Leave the bar as it is and start a new line."""

@@ -1,6 +1,6 @@
 """Train an encoder.
 
-    clvsmim train --config=configs/demo_simmim.py --workdir=runs/simmim
+    clvsmim train --config=configs/demo.py:simmim --workdir=runs/simmim
     clvsmim train --config=... --workdir=... --config.batch=256 --config.seed=1
 
 Started again with the same config and workdir, a run that was stopped goes on where it
@@ -64,12 +64,15 @@ def train(
     encoder = dataclasses.asdict(program.objective.encoder.spec)
     facts = {"encoder": encoder, "input": settings["input"]}
     facts |= {"parameters": count(program.state.params["encoder"])}
+    if meta.read_meta(workdir) is None:  # refuse it before anything is written
+        given_encoder(program, settings["init"]["path"])
     meta.prepare(workdir, settings, facts, ignore=FREE)
     log = settings["log"]
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(workdir, keep=log["keep"]))
         state, start = begin(program, checkpoints, settings["init"]["path"])
-        say(program, settings, start, name)
+        if jax.process_index() == 0:
+            say(program, settings, start, name)
         if start < program.total:
             writers = open_writers(
                 workdir, log, program.total, settings["batch"], start
@@ -174,6 +177,8 @@ def loop(
                     kept.append((step, time.monotonic() - begun, logs))
                 if step % save == 0 or last:
                     write()
+                    for writer in writers:
+                        writer.flush()
                     checkpoints.save(step, state)
     finally:
         data.close()

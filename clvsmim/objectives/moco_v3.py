@@ -168,7 +168,8 @@ def contrast(q: jax.Array, k: jax.Array, tau: float) -> tuple[jax.Array, jax.Arr
       The loss, and how often the own key is the nearest. The factor 2 tau keeps the
       gradient's scale independent of tau.
     """
-    logits = unit(q) @ unit(k).T / tau  # (B, B)
+    # At full precision on every device: a TPU would round float32 factors to bfloat16.
+    logits = jnp.matmul(unit(q), unit(k).T, precision="highest") / tau  # (B, B)
     log_p = jnp.diagonal(jax.nn.log_softmax(logits))
     hits = jnp.argmax(logits, axis=1) == jnp.arange(len(logits))
     return -2 * tau * jnp.mean(log_p), jnp.mean(hits.astype(jnp.float32))
