@@ -314,8 +314,9 @@ def test_rematerialisation_keeps_block_inputs_only_and_equal_gradients():
 
     assert kept(remat) < 0.4 * kept(plain)
     a, b = (jax.jit(jax.grad(partial(loss, m)))(params) for m in (plain, remat))
+    scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(b))
     for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True):
-        close(x, y, scale=1.0)
+        close(x, y, scale)  # a k bias has no gradient but rounding noise
 
 
 def test_taps_nobody_reads_are_pruned():
