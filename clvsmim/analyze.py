@@ -37,6 +37,8 @@ def main(argv: Sequence[str]) -> None:
     names = [n for n in values.metrics.split(",") if n]
     for name in names:
         plugin.find("metrics", name)
+    if not names:
+        raise ValueError(f"--metrics names none; known: {', '.join(analysis.METRICS)}")
     out = values.out or f"{rest[0]}/analysis"
     analyze(
         rest[0],
@@ -130,6 +132,7 @@ def analyze(
     done = analysis.read_series(out)
     if done and done["stamp"] == stamp and done["images"] == min(images, len(source)):
         return done["series"]
+    meta.check_writable(out, "--out")
     chosen = analysis.make_metrics(metrics, run.objective.encoder)
     whole = measure(run, source, out, stamp, chosen, images=images, batch=batch)
     series = analysis.series(chosen, whole.states)

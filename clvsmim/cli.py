@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 
 from absl import flags
@@ -26,8 +27,9 @@ def main() -> None:
     """The console script."""
     argv = sys.argv[1:]
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print("usage: clvsmim VERB ...   (clvsmim VERB --help tells more)\n")
-        print("\n".join(f"  {verb:10}{what}" for verb, what in VERBS.items()))
+        verbs = "\n".join(f"  {verb:10}{what}" for verb, what in VERBS.items())
+        usage = "usage: clvsmim VERB ...   (clvsmim VERB --help tells more)\n"
+        print(usage, verbs, sep="\n", file=sys.stdout if argv else sys.stderr)
         raise SystemExit(0 if argv else 2)
     use_huge_pages()
     verb, *rest = argv
@@ -49,7 +51,9 @@ def use_huge_pages() -> None:
 
 def run(module: object, argv: Sequence[str] | None = None) -> None:
     """Run the `main(argv)` of a command's module and turn bad input into one line."""
-    name = "clvsmim " + module.__name__.rsplit(".", 1)[-1]
+    spec = module.__spec__  # knows the name of what `python -m` runs as __main__
+    name = spec.name if spec else module.__name__
+    name = "clvsmim " + name.rsplit(".", 1)[-1]
     try:
         module.main(list(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:
@@ -88,14 +92,8 @@ def parse(
     try:
         with _as_argv(argv):  # where ml_collections looks for the overrides
             _, *rest = values(sys.argv)
-    except flags.Error as error:
-        text = str(error)
-        text = _last_line(text) if "Traceback" in text else text  # of a config file
-        raise ValueError(text) from error
-    except (AttributeError, KeyError) as error:  # how ml_collections says it
-        raise ValueError(f"unknown config key {_inner(error)}") from error
-    except TypeError as error:
-        raise ValueError(f"bad --config override: {error}") from error
+    except Exception as error:  # a config file is a program and may raise anything
+        raise ValueError(_why(error)) from error
     if rest and not positional:
         raise ValueError(f"unexpected argument {rest[0]!r}; options begin with --")
     return values, rest
@@ -131,11 +129,29 @@ def config_of(values: flags.FlagValues) -> ConfigDict:
         _ = config and config.keys()  # a file that failed to load speaks up when used
     except OSError as error:
         raise ValueError(f"cannot load --config: {_last_line(error)}") from error
+    except AttributeError as error:
+        raise ValueError(
+            f"get_config() of --config returned {config!r}, expected a ConfigDict"
+        ) from error
     if config is None:
         raise ValueError(
             "--config is missing; for example --config=configs/demo.py:simmim"
         )
     return config
+
+
+def _why(error: Exception) -> str:
+    """What absl, ml_collections or the config file has against the arguments."""
+    frames = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+    of_file = frames & {"get_config", "<module>"}
+    if isinstance(error, flags.Error):
+        text = str(error)
+        return _last_line(text) if "Traceback" in text else text  # of a config file
+    if isinstance(error, AttributeError | KeyError) and not of_file:
+        return f"unknown config key {_inner(error)}"
+    if isinstance(error, TypeError) and not of_file:
+        return f"bad --config override: {error}"
+    return f"cannot load --config: {type(error).__name__}: {error}"
 
 
 def _last_line(text: object) -> str:

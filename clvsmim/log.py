@@ -164,9 +164,14 @@ class Progress:
         )
 
     def write(self, record: Record) -> None:
-        """Show a record: the speed since the one before it, and its losses."""
+        """Show a record: the speed since the one before it, and its losses.
+
+        The time of a record is its "seconds", if it has any: it is written late, and
+        two of them may be written at once.
+        """
         step, now = int(record["step"]), self._clock()
-        text = ", ".join([*self._speed(step, now), *_losses(record)])
+        at = record.get("seconds", now)
+        text = ", ".join([*self._speed(step, at), *_losses(record)])
         if self._bar is not None:
             self._bar.set_description_str(text, refresh=False)
             self._bar.update(step - self._bar.n)
@@ -175,7 +180,7 @@ class Progress:
             percent = 100 * step // self._total
             line = f"step {step}/{self._total} ({percent}%)"
             print(", ".join(filter(None, [line, text])), file=self._stream, flush=True)
-        self._seen = step, now
+        self._seen = step, at
 
     def _speed(self, step: int, now: float) -> list[str]:
         if self._seen is None or now <= self._seen[1] or step <= self._seen[0]:

@@ -42,8 +42,12 @@ def prepare(
         write_meta(workdir, {"config": config, "versions": versions(), **facts})
 
 
-def check_writable(workdir: str) -> None:
-    """Create `workdir` and write a byte into it, or raise one clear ValueError."""
+def check_writable(workdir: str, flag: str = "--workdir") -> None:
+    """Create a folder and write a file into it, or raise one clear ValueError.
+
+    Args:
+      flag: which argument named the folder.
+    """
     probe = epath.Path(workdir) / f".writable_{jax.process_index()}"
     try:
         probe.parent.mkdir(parents=True, exist_ok=True)
@@ -51,8 +55,8 @@ def check_writable(workdir: str) -> None:
         probe.unlink()
     except Exception as error:  # gs:// backends raise their own classes
         raise ValueError(
-            f"workdir {workdir} cannot be written "
-            f"({type(error).__name__}: {error}); choose another --workdir"
+            f"{flag.strip('-')} {workdir} cannot be written "
+            f"({type(error).__name__}: {error}); choose another {flag}"
         ) from error
 
 
@@ -66,7 +70,8 @@ def check_same(
     old, new = _flat(old), _flat(new)
     rows = [
         f"{key} is {_shown(old, key)} there and {_shown(new, key)} here"
-        for key in sorted(old | new)
+        # What is there on both sides says most: the method before its settings.
+        for key in sorted(old | new, key=lambda k: ((k in old) + (k in new) < 2, k))
         if _shown(old, key) != _shown(new, key)
         and not any(re.fullmatch(pattern, key) for pattern in ignore)
     ]
@@ -87,9 +92,18 @@ def write_meta(workdir: str, meta: dict[str, Any]) -> None:
 
 
 def read_meta(workdir: str) -> dict[str, Any] | None:
-    """What `write_meta` wrote, or None if nothing was."""
+    """What `write_meta` wrote, or None if nothing was.
+
+    Raises:
+      ValueError: the file is not JSON.
+    """
     path = epath.Path(workdir) / "meta.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    try:
+        return json.loads(path.read_text()) if path.exists() else None
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not JSON ({error}); choose another --workdir"
+        ) from error
 
 
 def versions() -> dict[str, str]:
