@@ -33,7 +33,7 @@ CORE = [
 TEST = ["hypothesis", "pytest>=8.0", "pytest-xdist"]
 
 EXTRAS = {
-    "tpu": ["jax[tpu]"],
+    "tpu": ["jax[tpu]", "etils[epath-gcs]"],  # gs:// paths
     "cuda": ["jax[cuda13]"],
     "cuda12": ["jax[cuda12]"],
     "tensorboard": ["tensorboard", "tensorflow"],  # clu's writer needs both

@@ -72,7 +72,11 @@ def run(
 
     The rows of one batch are read while the device works on the next.
     """
-    measure = jax.jit(make_measure(encoder, metrics, tuple(mean), tuple(std)))
+    # Rows stay split as the images are: `local` reads each process's own.
+    measure = jax.jit(
+        make_measure(encoder, metrics, tuple(mean), tuple(std)),
+        out_shardings=meshes.batch_sharding(mesh),
+    )
     variables = jax.device_put(variables, meshes.replicated(mesh))
     states: dict[str, Any] = {}
     ids, waiting = [], None

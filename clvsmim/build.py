@@ -83,6 +83,8 @@ def program(
     Raises:
       ValueError: as `build`.
     """
+    if seed < 0:
+        raise ValueError(f"seed={seed}: use a number >= 0")
     plugin.call(log_section, "log", **log)
     plugin.check(init_section, "init", init)
     grid = plugin.call(meshes.make, "mesh", devices=devices, **mesh)

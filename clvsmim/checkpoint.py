@@ -77,6 +77,13 @@ class Checkpoints:
         self.close()
 
 
+def saved_steps(workdir: str) -> list[int]:
+    """The complete checkpoints in a workdir, oldest first; nothing is created."""
+    folder = epath.Path(workdir) / "checkpoints"
+    found = folder.iterdir() if folder.exists() else ()
+    return sorted(int(path.name) for path in found if path.name.isdigit())
+
+
 def restore_params(
     workdir: str,
     *,

@@ -5,8 +5,10 @@ traceback instead.
 """
 
 import contextlib
-import importlib
+import importlib.resources
 import os
+import pathlib
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -46,7 +48,9 @@ def use_huge_pages() -> None:
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-        os.execv(sys.executable, [sys.executable, "-m", "clvsmim.cli", *sys.argv[1:]])
+        os.execv(
+            sys.executable, [sys.executable, "-P", "-m", "clvsmim.cli", *sys.argv[1:]]
+        )
 
 
 def run(module: object, argv: Sequence[str] | None = None) -> None:
@@ -59,7 +63,7 @@ def run(module: object, argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted; start it again to go on", file=sys.stderr)
         raise SystemExit(130) from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         if os.environ.get("CLVSMIM_DEBUG"):
             raise
         fail(name, str(error))
@@ -89,6 +93,7 @@ def parse(
     if {"-h", "--help"} & set(argv):
         print(doc.strip(), "\n\nFlags:\n" + values.get_help().strip())
         raise SystemExit(0)
+    argv = [_shipped(arg) for arg in argv]
     try:
         with _as_argv(argv):  # where ml_collections looks for the overrides
             _, *rest = values(sys.argv)
@@ -97,6 +102,15 @@ def parse(
     if rest and not positional:
         raise ValueError(f"unexpected argument {rest[0]!r}; options begin with --")
     return values, rest
+
+
+def _shipped(arg: str) -> str:
+    """--config=configs/X.py outside a clone is the X.py inside the package."""
+    found = re.fullmatch(r"(--config=)configs/(\w+\.py)(:.*)?", arg)
+    if not found or pathlib.Path("configs").exists():
+        return arg
+    file = importlib.resources.files("clvsmim.configs") / found[2]
+    return f"{found[1]}{file}{found[3] or ''}" if file.is_file() else arg
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ same encoder, the same images, another objective), are measured on held-out part
 photographs, and are shown side by side in one page. Stopped, it goes on where it was.
 """
 
-import pathlib
 import platform
 import sys
 import time
@@ -15,6 +14,7 @@ from collections.abc import Sequence
 
 import jax
 from absl import flags
+from etils import epath
 
 from clvsmim import analysis, analyze, build, cli, train
 from clvsmim.configs import demo as recipe
@@ -26,7 +26,7 @@ IMAGES = 512
 
 def main(argv: Sequence[str]) -> None:
     values, _ = cli.parse(__doc__, argv, _flags)
-    print(f"open {demo(values.out).resolve().as_uri()}")
+    print(f"open {demo(values.out)}")
 
 
 def _flags(values: flags.FlagValues) -> None:
@@ -35,7 +35,7 @@ def _flags(values: flags.FlagValues) -> None:
     )
 
 
-def demo(out: str, changes: dict[str, object] | None = None) -> pathlib.Path:
+def demo(out: str, changes: dict[str, object] | None = None) -> epath.Path:
     """Train, measure, report; returns the path of report.html.
 
     Args:
@@ -59,7 +59,7 @@ def demo(out: str, changes: dict[str, object] | None = None) -> pathlib.Path:
     return path
 
 
-def report(out: str) -> pathlib.Path:
+def report(out: str) -> epath.Path:
     """The page about what the three runs in `out` learned."""
     from clvsmim import present  # matplotlib is slow to import
 

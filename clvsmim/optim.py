@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import optax
 
 from clvsmim import plugin, tree
-from clvsmim.schedules import Schedule, cosine_momentum, scaled_lr, schedule
+from clvsmim.schedules import Schedule, schedule
 
 # What PyTorch stores with one dimension: biases, norm scales, layer scales. A name
 # and not ndim <= 1, because our q/k/v biases are (heads, head dim).
@@ -31,12 +31,10 @@ VECTORS = r".*/(bias|scale|gamma_[12])"
 __all__ = [
     "VECTORS",
     "Group",
-    "cosine_momentum",
     "groups",
     "keep",
     "layer_id",
     "optimizer",
-    "scaled_lr",
     "schedule",
 ]
 

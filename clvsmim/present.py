@@ -1,6 +1,5 @@
 """Analyses on disk -> runs of a report, with the words that go beside the figures."""
 
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ FAMILIES = {"moco_v3": "cl", "simmim": "mim", "hybrid": "hybrid"}
 TITLES = {"moco_v3": "MoCo v3 (CL)", "simmim": "SimMIM (MIM)", "hybrid": "hybrid"}
 
 
-def one(workdir: str, out: str) -> pathlib.Path:
+def one(workdir: str, out: str) -> epath.Path:
     """The report of one analysis, into its own folder."""
     run = read(workdir, out)
     return page(out, f"What {run.name} learned", [(run, out)])
@@ -71,7 +70,7 @@ def page(
     *,
     lead: str = "",
     notes: Sequence[str] = (),
-) -> pathlib.Path:
+) -> epath.Path:
     """Write the report of runs and their analysis folders."""
     drawn = [(run, pictures(out)) for run, out in runs]
     return write(

@@ -17,16 +17,6 @@ from clvsmim import plugin
 Schedule = Callable[..., jax.Array]
 
 
-def scaled_lr(base: float, batch: int, denominator: int) -> float:
-    """base * global batch / denominator, the linear rule (Goyal et al. 2017)."""
-    return base * batch / denominator
-
-
-def cosine_momentum(base: float, progress: float | jax.Array) -> jax.Array:
-    """The teacher's momentum: a cosine from `base` to 1 over progress 0..1 (BYOL)."""
-    return 1 - (1 - base) * _half_cosine(1 - progress)
-
-
 def schedule(
     name: str, *, total_steps: int, steps_per_epoch: int, **settings: Any
 ) -> Schedule:

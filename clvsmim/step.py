@@ -92,17 +92,3 @@ def make_step(
         return State(state.step + 1, params, extra, opt), logs
 
     return step
-
-
-def make_eval(objective: Objective, *, seed: int) -> Callable[[State, Tree], dict]:
-    """`evaluate(state, batch) -> logs`: the loss without drop path or updates."""
-
-    def evaluate(state: State, batch: Tree) -> dict:
-        key = fold(jax.random.key(seed), "eval")
-        inputs = objective.prepare(key, batch, train=False)
-        loss, (_, logs) = objective.loss(
-            state.params, state.extra, inputs, key, progress=1.0, train=False
-        )
-        return logs | {"loss": loss}
-
-    return evaluate

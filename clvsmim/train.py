@@ -15,13 +15,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
 from clvsmim import cli, meta, tree
 from clvsmim import mesh as meshes
 from clvsmim.build import Program, build, count, plain
-from clvsmim.checkpoint import Checkpoints, restore_params
+from clvsmim.checkpoint import Checkpoints, restore_params, saved_steps
 from clvsmim.data.pipeline import batches
 from clvsmim.log import JsonlLog, Progress, TensorBoard
 from clvsmim.step import State
@@ -64,13 +65,14 @@ def train(
     encoder = dataclasses.asdict(program.objective.encoder.spec)
     facts = {"encoder": encoder, "input": settings["input"]}
     facts |= {"parameters": count(program.state.params["encoder"])}
-    if meta.read_meta(workdir) is None:  # refuse it before anything is written
-        given_encoder(program, settings["init"]["path"])
+    given = None  # read, and refused, before anything is written
+    if not saved_steps(workdir):
+        given = given_encoder(program, settings["init"]["path"])
     meta.prepare(workdir, settings, facts, ignore=FREE)
     log = settings["log"]
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(workdir, keep=log["keep"]))
-        state, start = begin(program, checkpoints, settings["init"]["path"])
+        state, start = begin(program, checkpoints, given)
         if jax.process_index() == 0:
             say(program, settings, start, name)
         if start < program.total:
@@ -104,11 +106,11 @@ def open_writers(
     return [records, *board, Progress(total, images=batch, start=start)]
 
 
-def begin(program: Program, checkpoints: Checkpoints, path: str) -> tuple[State, int]:
+def begin(program: Program, checkpoints: Checkpoints, given: Any) -> tuple[State, int]:
     """The state of the newest checkpoint, else a new one, and its step."""
     if checkpoints.latest() is not None:
         return checkpoints.restore(program.state)
-    return program.init(given_encoder(program, path)), 0
+    return program.init(given), 0
 
 
 def given_encoder(program: Program, path: str) -> Any:
@@ -145,6 +147,9 @@ def loop(
     3. every `log.every` steps, write the record before this one (the host never waits
        for the step it has just dispatched) and keep this one;
     4. every `log.save` steps and at the end, write what is kept, then save.
+
+    Raises:
+      ValueError: the loss is not finite; the checkpoints are from before that.
     """
     every, save = settings["log"]["every"], settings["log"]["save"]
     data = batches(
@@ -165,6 +170,7 @@ def loop(
             logs = {k: float(v) for k, v in jax.device_get(logs).items()}
             for writer in writers:
                 writer.write({"step": step, **logs, "seconds": round(seconds, 3)})
+            check_finite(step, logs["loss"], checkpoints)
 
     begun = time.monotonic()
     try:
@@ -179,10 +185,20 @@ def loop(
                     write()
                     for writer in writers:
                         writer.flush()
+                    check_finite(step, jax.device_get(logs["loss"]), checkpoints)
                     checkpoints.save(step, state)
     finally:
         data.close()
     checkpoints.wait()
+
+
+def check_finite(step: int, loss: float, checkpoints: Checkpoints) -> None:
+    """Raise ValueError for a loss that is NaN or infinite: training is over."""
+    if not np.isfinite(loss):
+        raise ValueError(
+            f"the loss is {loss} at step {step}; the last checkpoint is of step "
+            f"{checkpoints.latest()}. Lower optim.schedule.base or set optim.clip"
+        )
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@
     clvsmim train --config=configs/demo.py:simmim  --workdir=runs/simmim
     clvsmim train --config=configs/demo.py:hybrid  --workdir=runs/hybrid
 
-About a minute each on two CPU cores. Encoder, optimizer and schedule are those of the
-hybrid (photos_hybrid.py), so that only the objective varies; everything is shrunk to
-32-pixel images. No published result: it exists to be watched.
+About a minute each on two CPU cores. Encoder, optimizer and schedule are the same for
+all three, so that only the objective varies: SimMIM's kind of encoder and AdamW groups,
+shrunk to 32-pixel images, and a learning rate high enough to see something in a minute.
+No published result: it exists to be watched.
 """
 
 from ml_collections import ConfigDict

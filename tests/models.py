@@ -1,8 +1,14 @@
 """Tiny encoders and what the recordings agree with: shared by several tests."""
 
+from typing import Any
+
+import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from clvsmim import vit
+from clvsmim.build import Program
+from clvsmim.configs import demo
 from clvsmim.objectives import Objective, hybrid, moco_v3, simmim
 
 TINY = {
@@ -105,3 +111,44 @@ def tiny_objectives() -> dict[str, Objective]:
         "simmim": tiny_simmim(tiny(SIMMIM, drop_path=0.1)),
         "hybrid": tiny_hybrid(tiny(SIMMIM, drop_path=0.1), 0.5),
     }
+
+
+# LLVM's optimisations are half of the time that compiling takes; XLA's stay.
+QUICK = {"xla_backend_optimization_level": 0}
+HEADS = {"projector": (64, 64, 32), "predictor": (64, 32)}
+
+
+def small(name: str, **changes: Any) -> ConfigDict:
+    """configs/demo.py:NAME for 16-pixel images and a batch of 16, of eight steps.
+
+    Weights are Xavier's and layer scale is 1: with those of the demo, images hardly
+    differ behind two narrow blocks, and BatchNorm would normalise rounding.
+    """
+    config = demo.get_config(name)
+    config.epochs, config.batch = 2.0, 16
+    config.data.source = {"name": "photos", "length": 64, "side": 24}
+    config.encoder.update(image=(16, 16), width=32, depth=2, heads=2)
+    config.encoder.update(init="moco_v3", layer_scale=1.0, drop_path=0.3)
+    objective = config.objective
+    if name != "simmim":
+        (objective.cl if name == "hybrid" else objective).update(HEADS)
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def pictures(spec: dict, seed: int = 0) -> dict:
+    """A host batch of the shapes in `spec`: images with a colour and a texture each."""
+    rng = np.random.default_rng(seed)
+
+    def view(x: jax.ShapeDtypeStruct) -> np.ndarray:
+        colour = rng.uniform(0, 200, (x.shape[0], 1, 1, 3))
+        return (colour + rng.uniform(0, 55, x.shape)).astype(np.uint8)
+
+    rows = np.arange(spec["index"].shape[0], dtype=np.int32)
+    return {"views": tuple(map(view, spec["views"])), "label": rows, "index": rows}
+
+
+def quick(program: Program) -> tuple[Any, Any]:
+    """`init` and `step` of a program, compiled in half the time."""
+    step = program.step.lower(program.state, program.batch)
+    return program.init.lower().compile(QUICK), step.compile(QUICK)

@@ -14,6 +14,7 @@ import optax
 import pytest
 
 from clvsmim import optim, tree
+from clvsmim.objectives import ema_rate
 
 EPOCH_4096, EPOCH_2048, EPOCH_1024 = 312, 625, 1251
 
@@ -57,11 +58,6 @@ def mae_finetune():
         total_steps=100 * EPOCH_1024,
         steps_per_epoch=EPOCH_1024,
     )
-
-
-def test_linear_scaling():
-    assert optim.scaled_lr(1.5e-4, 4096, 256) == pytest.approx(2.4e-3)
-    assert optim.scaled_lr(1e-4, 2048, 512) == pytest.approx(4e-4)
 
 
 def test_moco_v3_learning_rate():
@@ -155,14 +151,21 @@ def test_recorded_moco_v3_schedules(golden):
     steps = np.round(2 * recorded["epoch"]).astype(int)
     got = jax.jit(jax.vmap(moco_lr(300, 1.0, steps_per_epoch=2)))(steps)
     np.testing.assert_allclose(got, recorded["moco_v3_lr"], rtol=5e-7)
-    m = optim.cosine_momentum(0.99, jnp.asarray(recorded["epoch"] / 300))
+
+
+def test_recorded_teacher_momentum(golden):
+    recorded = golden("schedules")
+    m = 1 - ema_rate(0.99, jnp.asarray(recorded["epoch"] / 300))
     np.testing.assert_allclose(m, recorded["moco_v3_momentum"], atol=6e-8, rtol=0)
 
 
-def test_teacher_momentum():
-    got = [optim.cosine_momentum(0.99, e / 300) for e in (0, 75, 150, 225, 300)]
-    want = [0.99, 0.991464, 0.995, 0.998536, 1.0]
-    np.testing.assert_allclose(got, want, atol=5e-7, rtol=0)
+def test_the_teacher_moves_until_the_very_end():
+    """1 - m keeps its digits where m itself is 1 in float32."""
+    steps, total = np.array([1, 5, 20]), 93_600
+    got = np.array([ema_rate(0.99, 1 - t / total) for t in steps])
+    exact = 0.01 * np.sin(0.5 * np.pi * steps / total) ** 2
+    np.testing.assert_allclose(got, exact, rtol=0.15)  # 1 - t/T has one float32 digit
+    assert ema_rate(0.99, 1.0) == 0
 
 
 def test_layer_multiplier_scales_all_of_maes_rate_but_only_simmims_base():

@@ -116,6 +116,17 @@ def test_the_teacher_update_comes_before_the_first_keys(moco, golden):
     assert abs(float(loss) - 2.0551) < 1e-4 < abs(float(loss) - record["loss"])
 
 
+def test_the_teacher_slows_down_along_a_half_cosine(moco):
+    """m is .99, .995 and 1 at the start, the middle and the end of training."""
+    _, objective, params, extra, _ = moco
+    old = extra["heads"]["teacher"]["projector"]["fc_0"]["kernel"]
+    new = params["heads"]["projector"]["fc_0"]["kernel"]
+    for progress, rate in ((0.0, 0.01), (0.5, 0.005), (1.0, 0.0)):
+        moved = objective.after(params, extra, progress)["heads"]["teacher"]
+        kernel = moved["projector"]["fc_0"]["kernel"]
+        np.testing.assert_allclose(kernel, old + rate * (new - old), atol=1e-7)
+
+
 def test_contrastive_loss_alone(moco):
     record = moco[0]
     loss, _ = moco_v3.contrast(record["contrastive_q"], record["contrastive_k"], 0.2)

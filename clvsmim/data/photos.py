@@ -79,7 +79,9 @@ class Photos:
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        index = int(index) % self.length
+        if not 0 <= index < self.length:
+            raise IndexError(f"item {index} of {self.length}")  # ends a for loop
+        index = int(index)
         label = index % self.num_classes
         file, box = self.place(index)
         photo = read_photo(file).crop(box).resize((self.side, self.side), BILINEAR)

@@ -123,7 +123,9 @@ class ShapeTexture:
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        index = int(index) % self.length
+        if not 0 <= index < self.length:
+            raise IndexError(f"item {index} of {self.length}")  # ends a for loop
+        index = int(index)
         shape, texture = index % len(SHAPES), index // len(SHAPES) % len(TEXTURES)
         rng = np.random.default_rng((self.seed, zlib.crc32(self.split.encode()), index))
         return {

@@ -73,7 +73,9 @@ def ema_rate(momentum: float, progress: jax.Array) -> jax.Array:
     The rate itself, because 1 - m in float32 has no digits left near the end
     (MoCo v3, BYOL).
     """
-    return (1.0 - momentum) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+    # (1 + cos(pi x)) / 2 = sin(pi (1 - x) / 2)^2, which does not cancel near x = 1.
+    left = jnp.asarray(1.0 - progress, jnp.float32)
+    return (1.0 - momentum) * jnp.square(jnp.sin(0.5 * jnp.pi * left))
 
 
 def ema(teacher: Tree, student: Tree, rate: jax.Array) -> Tree:

@@ -18,7 +18,7 @@ def make(*, encoder: ViT, lam: float, mim: Objective, cl: Objective) -> Objectiv
     of the mixture is the weighted sum. At lam 0 or 1 the other branch does not exist.
 
     Raises:
-      ValueError: lam outside [0, 1], or two branches of the same name.
+      ValueError: lam outside [0, 1], two branches of one name or of two encoders.
     """
     if not 0 <= lam <= 1:
         raise ValueError(f"objective.lam={lam}: lambda must lie in [0, 1]")
@@ -26,6 +26,8 @@ def make(*, encoder: ViT, lam: float, mim: Objective, cl: Objective) -> Objectiv
         raise ValueError(
             f"a hybrid mixes two different objectives, got {cl.name} twice"
         )
+    if not mim.encoder == cl.encoder == encoder:
+        raise ValueError("the two objectives of a hybrid need its own encoder")
     parts = tuple((w, part) for w, part in ((1 - lam, mim), (lam, cl)) if w)
     reconstructs = [p for _, p in parts if p.reconstruct]
     return Objective(

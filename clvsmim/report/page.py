@@ -2,13 +2,13 @@
 
 import base64
 import json
-import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import jinja2
 import numpy as np
+from etils import epath
 
 from clvsmim.report import figures, images, logs, style, tables
 from clvsmim.report.images import Gallery
@@ -16,14 +16,14 @@ from clvsmim.report.parts import Run, Section
 
 
 def write(
-    folder: str | pathlib.Path,
+    folder: str | epath.Path,
     *,
     title: str,
     runs: Sequence[Run],
     lead: str = "",
     sections: Sequence[Section] = (),
     notes: Sequence[str] = (),
-) -> pathlib.Path:
+) -> epath.Path:
     """Write `report.html`, `figures/` and `data/` into `folder`, which may exist.
 
     Args:
@@ -40,7 +40,7 @@ def write(
       ValueError: two runs of one name, two different series of one name in a run, a
         quantity in two sections, or a Series of a form that cannot be drawn.
     """
-    folder = pathlib.Path(folder)
+    folder = epath.Path(folder)
     page = Page(folder, style.looks((run.name, run.family) for run in runs))
     drawn = _by_name(runs)
     parts = [
@@ -71,11 +71,11 @@ def write(
 class Page:
     """Writes files beside the page and describes them to the template."""
 
-    folder: pathlib.Path
+    folder: epath.Path
     looks: Mapping[str, style.Look]
     taken: set[str] = field(default_factory=set)
 
-    def save(self, name: str, content: str | bytes) -> pathlib.Path:
+    def save(self, name: str, content: str | bytes) -> epath.Path:
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         content = content.encode() if isinstance(content, str) else content

@@ -1,0 +1,428 @@
+"""Numbers do not depend on batches, devices, processes or on being interrupted."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+import runs
+
+from clvsmim import analysis, analyze, build, mesh, present, tree
+from clvsmim.data.pipeline import eval_batches
+from clvsmim.metrics import Axis, Metric, Series
+
+IMAGES = 21
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A finished SimMIM run."""
+    folder = tmp_path_factory.mktemp("analysis") / "run"
+    runs.run(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(workdir):
+    return analyze.load(str(workdir))
+
+
+@pytest.fixture(scope="module")
+def sharp(trained):
+    """The variables of an encoder whose attention depends on the query.
+
+    After twelve steps attention is uniform but for 1e-5, and its information is what
+    rounding leaves of a difference of nearly equal numbers.
+    """
+
+    def leaf(name, x):
+        return x * 30 if name.endswith(("attn/q/kernel", "attn/k/kernel")) else x
+
+    return tree.map_named(leaf, trained.variables)
+
+
+@pytest.fixture(scope="module")
+def metrics(trained):
+    return analysis.make_metrics(analysis.METRICS, trained.objective.encoder)
+
+
+@pytest.fixture(scope="module")
+def measured(trained, sharp, metrics):
+    """`measured(batch, devices)` -> (states, ids) of the first images."""
+    found = {}
+
+    def get(batch, devices=1, change=lambda batch: batch, **split):
+        key = (batch, devices, change, *split.items())
+        if key not in found:
+            source = build.make_source(trained.config["data"], "test")
+            view = analyze.eval_view(trained.objective.encoder.spec.image)
+            data = eval_batches(source, view, batch=batch, limit=IMAGES, **split)
+            found[key] = analysis.run(
+                trained.objective.encoder,
+                sharp,
+                map(change, data),
+                metrics,
+                mesh=mesh.make(jax.devices()[:devices]),
+                **trained.config["input"],
+            )
+        return found[key]
+
+    return get
+
+
+def assert_close(got, want, tolerance):
+    """Two sets of states, relative to the size of what each array was added from."""
+    got, want = tree.named(got), tree.named(want)
+    assert list(got) == list(want)
+    for name, x in want.items():
+        assert got[name].shape == x.shape and got[name].dtype == np.float64
+        worst = np.abs(got[name] - x).max() / size(want, name)
+        assert worst <= tolerance, f"{name}: {worst}"
+
+
+def size(states, name):
+    """Of what was added: that of a sum may be far smaller, because terms cancel."""
+    metric, part, *key = name.split("/")
+    if part != "sum":
+        return np.abs(states[name]).max() or 1
+    square = states["/".join([metric, "square", *key])].max()
+    return np.sqrt(states[f"{metric}/count"] * square) or 1
+
+
+def test_two_processes_measure_what_one_does(measured, metrics):
+    states, ids = measured(4)
+    halves = [measured(8, process=p, processes=2) for p in range(2)]
+    a, b = (analysis.Analysis({"encoder": "x"}, i, s) for s, i in halves)
+    assert len(a.ids) and len(b.ids) and not set(a.ids) & set(b.ids)
+    merged = analysis.merge(metrics, a, b)
+    assert merged.stamp == {"encoder": "x"}
+    np.testing.assert_array_equal(merged.ids, ids)
+    np.testing.assert_array_equal(ids, np.arange(IMAGES))
+    assert_close(merged.states, states, 1e-12)
+    assert_close(analysis.merge(metrics, b, a).states, states, 1e-12)
+
+
+@pytest.mark.parametrize("batch", [7, 64])
+def test_the_batch_and_the_padding_change_nothing(measured, batch):
+    """21 images: three whole batches of 7, 43 rows of padding in one of 64."""
+    states, ids = measured(8)
+    other, others = measured(batch)
+    np.testing.assert_array_equal(others, ids)
+    assert_close(other, states, 1e-6)
+
+
+def test_padding_may_hold_anything(measured):
+    def spoil(batch):
+        view = batch["views"][0].copy()
+        view[batch["weight"] == 0] = 255
+        return {**batch, "views": (view,)}
+
+    assert_close(measured(8, change=spoil)[0], measured(8)[0], 0)
+
+
+def test_one_device_and_eight(measured):
+    states, ids = measured(8)
+    other, others = measured(8, devices=8)
+    np.testing.assert_array_equal(others, ids)
+    assert_close(other, states, 1e-6)
+
+
+def test_nothing_to_measure(trained, metrics):
+    with pytest.raises(ValueError, match="no image"):
+        analysis.run(
+            trained.objective.encoder,
+            trained.variables,
+            [],
+            metrics,
+            mesh=mesh.make(jax.devices()[:1]),
+            **trained.config["input"],
+        )
+
+
+@pytest.fixture(scope="module")
+def whole(measured):
+    states, ids = measured(8)
+    return analysis.Analysis({"encoder": "a", "metrics": ["nmi"]}, ids, states)
+
+
+def test_an_analysis_comes_back_exactly(whole, tmp_path):
+    analysis.save(tmp_path / "new" / "state_0.npz", whole)
+    back = analysis.load(tmp_path / "new" / "state_0.npz")
+    assert back.stamp == whole.stamp
+    np.testing.assert_array_equal(back.ids, whole.ids)
+    assert_close(back.states, whole.states, 0)
+    assert jax.tree.structure(back.states) == jax.tree.structure(whole.states)
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["state_0.npz"]
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "a.npz"
+    analysis.save_arrays(path, {"x": np.arange(3)})
+
+    def crash(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(type(analysis.epath.Path(path)), "replace", crash)
+    with pytest.raises(OSError, match="disk full"):
+        analysis.save_arrays(path, {"x": np.arange(4)})
+    np.testing.assert_array_equal(analysis.load_arrays(path)["x"], np.arange(3))
+
+
+def test_no_pickle_is_ever_read(tmp_path):
+    with (tmp_path / "a.npz").open("wb") as file:
+        np.savez(file, x=np.array([{}], object))
+    with pytest.raises(ValueError, match="pickle"):
+        analysis.load_arrays(tmp_path / "a.npz")
+
+
+FOREIGN = {
+    "other weights": ({"encoder": "b"}, "differ in encoder (a and b)"),
+    "other settings": ({"metrics": ["distance"]}, "differ in metrics (['nmi'] and"),
+    "other data": ({"data": 1}, "differ in data (None and 1)"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_foreign_analyses_refuse_to_merge(metrics, whole, kind):
+    change, reason = FOREIGN[kind]
+    other = whole._replace(stamp=whole.stamp | change, ids=whole.ids + 100)
+    with pytest.raises(ValueError, match="do not belong together") as error:
+        analysis.merge(metrics, whole, other)
+    assert reason in str(error.value)
+
+
+def test_an_image_counts_once(metrics, whole):
+    other = whole._replace(ids=whole.ids + 19)
+    with pytest.raises(ValueError, match="2 images are in both .*number 19"):
+        analysis.merge(metrics, whole, other)
+
+
+def test_the_digest_sees_names_shapes_types_and_bytes():
+    x = {"a": np.arange(4, dtype=np.float32)}
+    others = [
+        {"b": x["a"]},
+        {"a": x["a"].reshape(2, 2)},
+        {"a": x["a"].view(np.int32)},
+        {"a": x["a"] + np.float32(1e-6)},
+        x | {"b": np.zeros(0)},
+    ]
+    assert len({analysis.digest(tree) for tree in (x, *others)}) == 6
+    assert analysis.digest({"a": jax.numpy.arange(4.0)}) == analysis.digest(x)
+
+
+def one_series(name, value):
+    series = Series(
+        name=name,
+        axes=(Axis("depth", (0,)),),
+        values=np.array([value]),
+        stderr=None,
+        kind="depth",
+        unit="",
+        source="",
+        count=1,
+    )
+    return Metric(needs=(), update=lambda *_: {}, compute=lambda state: [series])
+
+
+def test_a_series_of_two_metrics_is_kept_once():
+    metrics = {"a": one_series("x", 1.0), "b": one_series("x", 2.0)}
+    metrics["c"] = one_series("y", 3.0)
+    found = analysis.series(metrics, dict.fromkeys("abc"))
+    assert [(s.name, float(s.values[0])) for s in found] == [("x", 1.0), ("y", 3.0)]
+
+
+SETTINGS = {"split": "test", "images": 16, "batch": 7, "metrics": analysis.METRICS}
+
+
+@pytest.fixture(scope="module")
+def done(workdir, tmp_path_factory):
+    """(series, folder) of an analysis by the command's function, on eight devices."""
+    out = tmp_path_factory.mktemp("done") / "analysis"
+    return analyze.analyze(str(workdir), str(out), **SETTINGS), out
+
+
+def assert_series(got, want):
+    assert [s.to_json() for s in got] == [s.to_json() for s in want]
+
+
+def times(folder):
+    return {p: p.stat().st_mtime_ns for p in folder.iterdir()}
+
+
+def test_the_numbers_on_disk_are_those_returned(done):
+    series, out = done
+    assert {p.name for p in out.iterdir()} == {
+        "series.json",
+        "state_0.npz",
+        "pictures.npz",
+    }
+    found = analysis.read_series(out)
+    assert_series(found["series"], series)
+    assert (found["images"], found["step"]) == (16, runs.TOTAL)
+    assert all(s.count == 16 for s in series)
+    assert json.loads((out / "series.json").read_text())["stamp"] == found["stamp"]
+    assert analysis.read_series(out / "nowhere") is None
+
+
+def test_the_paper_s_three_measures_are_there(done):
+    names = {s.name for s in done[0]}
+    assert {
+        "attention distance",
+        "normalized mutual information",
+        "delta log amplitude",
+    } <= names
+    for series in done[0]:
+        assert np.isfinite(series.values).all() and np.isfinite(series.stderr).all()
+
+
+def test_the_second_time_there_is_nothing_to_do(workdir, done, monkeypatch):
+    series, out = done
+    before = times(out)
+    monkeypatch.setattr(analyze, "measure", None)
+    assert_series(analyze.analyze(str(workdir), str(out), **SETTINGS), series)
+    assert times(out) == before
+
+
+CHANGED = {
+    "fewer images": {"images": 8},
+    "more images than there are": {"images": 999},
+    "metrics": {"metrics": ("nmi",)},
+    "split": {"split": "train"},
+}
+
+
+@pytest.mark.parametrize("what", CHANGED)
+def test_another_measurement_is_made_anew(workdir, done, tmp_path, monkeypatch, what):
+    class Measured(Exception):
+        pass
+
+    def measure(*_, images, **__):
+        raise Measured(images)
+
+    monkeypatch.setattr(analyze, "measure", measure)
+    _, out = done
+    with pytest.raises(Measured):
+        analyze.analyze(str(workdir), str(out), **SETTINGS | CHANGED[what])
+
+
+def test_other_weights_are_measured_anew(workdir, done, monkeypatch):
+    real = analyze.load
+
+    def load(workdir):
+        run = real(workdir)
+        params = jax.tree.map(lambda x: x + 1e-6, run.params)
+        return run._replace(params=params)
+
+    monkeypatch.setattr(analyze, "load", load)
+    monkeypatch.setattr(analyze, "measure", None)
+    with pytest.raises(TypeError, match="not callable"):
+        analyze.analyze(str(workdir), str(done[1]), **SETTINGS)
+
+
+def test_an_analysis_cut_short_is_made_again(workdir, done, tmp_path, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    def stop(*_):
+        raise Stop
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(analyze, "save_pictures", stop)
+        analyze.analyze(str(workdir), str(tmp_path), **SETTINGS)
+    assert analysis.read_series(tmp_path) is None
+    again = analyze.analyze(str(workdir), str(tmp_path), **SETTINGS)
+    assert_series(again, done[0])
+
+
+@pytest.fixture(scope="module")
+def pictures(done):
+    return analysis.load_arrays(done[1] / "pictures.npz")
+
+
+def test_visible_pixels_are_those_of_the_image(pictures, trained):
+    source = build.make_source(trained.config["data"], "test")
+    view = analyze.eval_view((16, 16))
+    (images,) = next(iter(eval_batches(source, view, batch=4, limit=4)))["views"]
+    original, mask, found = (
+        pictures[k] for k in ("original", "mask", "reconstruction")
+    )
+    flipped = images[:, :, ::-1]  # SimMIM's view flips half of them
+    for i, image in enumerate(original):
+        want = min((images[i], flipped[i]), key=lambda x: np.abs(x / 255 - image).max())
+        np.testing.assert_allclose(image, want / 255, atol=1e-6)
+    np.testing.assert_array_equal(pictures["image"], images[0])
+    assert set(np.unique(mask)) == {0, 1} and mask.mean() == 0.75
+    seen = mask == 0
+    # One rounding: XLA may fuse the way back to [0, 1] differently for the two.
+    np.testing.assert_allclose(found[seen], original[seen], rtol=0, atol=1.2e-7)
+    assert (np.abs(found - original)[~seen] > 0).mean() > 0.9
+
+
+def test_attention_maps_are_rows_of_attention_without_the_prefix(pictures, trained):
+    maps = pictures["attention"]
+    assert maps.shape == (2, 2, 2, 4, 4)  # blocks, heads, queries, rows, columns
+    sums = maps.sum(axis=(-2, -1))
+    assert (maps >= 0).all() and (sums > 0.5).all() and (sums < 1).all()
+    encoder = trained.objective.encoder
+    x = (pictures["image"] / 255 - trained.config["input"]["mean"]) / np.array(
+        trained.config["input"]["std"]
+    )
+    _, taps = encoder.apply(trained.variables, np.float32(x)[None])
+    for block, attention in enumerate(taps["attention"]):
+        for query, (row, column) in enumerate(pictures["places"]):
+            want = attention[0, :, 1 + row * 4 + column, 1:].reshape(2, 4, 4)
+            np.testing.assert_allclose(maps[block, :, query], want, atol=1e-6)
+
+
+def test_queries_lie_on_every_grid():
+    for rows in range(1, 8):
+        for columns in range(1, 8):
+            for row, column in analyze.pictures.queries((rows, columns)):
+                assert 0 <= row < rows and 0 <= column < columns
+
+
+ENCODERS = {
+    "conv stem": {"encoder__stem": "conv"},
+    "no CLS, not square": {
+        "encoder__prefix": 0,
+        "encoder__image": (16, 24),
+        "optim__no_decay": (r".*/(bias|scale|gamma_[12])",),
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_every_encoder_that_trains_can_be_analyzed(tmp_path, capsys, kind):
+    workdir = tmp_path / "run"
+    runs.run(workdir, epochs=0.25, **ENCODERS[kind])
+    analyze.main([str(workdir), "--images=8", "--batch=8"])
+    report = workdir / "analysis" / "report.html"
+    assert capsys.readouterr().out.strip() == str(report)
+    assert "Masked reconstructions" in report.read_text()
+    found = analysis.read_series(workdir / "analysis")
+    assert found["step"] == 1 and len(found["series"]) >= 3
+    assert all(np.isfinite(s.values).all() for s in found["series"])
+
+
+def test_batch_statistics_are_restored_and_used(tmp_path):
+    runs.run(tmp_path, epochs=0.25, encoder__stem="conv")
+    run = analyze.load(str(tmp_path))
+    stats = tree.named(run.variables["stats"])
+    means = [x for name, x in stats.items() if name.endswith("mean")]
+    assert means and all(np.any(x) for x in means)
+    assert analysis.digest(run.variables) != analysis.digest(
+        run.variables | {"stats": jax.tree.map(np.zeros_like, run.variables["stats"])}
+    )
+
+
+def test_the_words_beside_the_figures(workdir, done):
+    run = present.read(str(workdir), str(done[1]))
+    assert (run.name, run.family) == ("SimMIM (MIM)", "mim")
+    assert run.facts["encoder"] == "width 16, depth 2, 2 heads; 16 x 16 px, patch 4"
+    assert run.facts["trained on"] == "photos, 192 images in 12 steps"
+    assert run.facts["measured on"] == "16 test images"
+    assert run.facts["final loss"] == f"{run.log[-1]['loss']:.4g}"
+    assert dataclasses.is_dataclass(run) and len(run.log) == runs.TOTAL
+    title = present.title({"name": "hybrid", "lam": 0.25})
+    assert title == "hybrid, λ = 0.25"
