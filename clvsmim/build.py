@@ -191,6 +191,11 @@ def make_optimizer(
     params, _ = abstract_params(objective)
     section = dict(section)
     known = ("no_decay", "no_trust", "frozen", "layer_decay")
+    name = _named(section, "optim")
+    allowed = {"name", "schedule", *known, *optim.settings(name)}
+    for key in section:
+        if key not in allowed:
+            raise ValueError(plugin.unknown("key in optim", key, allowed))
     groups = optim.groups(params, **{k: section.pop(k) for k in known if k in section})
     schedule = dict(section.pop("schedule", {}))
     rate = optim.schedule(
@@ -199,7 +204,6 @@ def make_optimizer(
         steps_per_epoch=steps_per_epoch,
         **schedule,
     )
-    name = _named(section, "optim")
     return Optimizer(
         groups, optim.optimizer(groups, name, schedule=rate, **section), rate
     )

@@ -26,7 +26,7 @@ IMAGES = 512
 
 def main(argv: Sequence[str]) -> None:
     values, _ = cli.parse(__doc__, argv, _flags)
-    print(f"open {demo(values.out)}")
+    print(f"open {demo(values.out).resolve().as_uri()}")
 
 
 def _flags(values: flags.FlagValues) -> None:

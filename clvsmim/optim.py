@@ -11,6 +11,7 @@ identical transformation, so building a step twice does not trace it twice.
 """
 
 import functools
+import inspect
 import math
 import re
 from collections.abc import Sequence
@@ -144,6 +145,13 @@ def optimizer(
     plugin.check(OPTIMIZERS[name], f"optimizer {name!r}", accepted)
     table = tuple(tree.named(groups).items())
     return _build(table, name, schedule, clip, moment_dtype, tuple(settings.items()))
+
+
+def settings(name: str | None) -> set[str]:
+    """The keywords of `optimizer` for the rule `name`; without a rule, those of all."""
+    rules = [OPTIMIZERS[name]] if name in OPTIMIZERS else OPTIMIZERS.values()
+    own = {key for rule in rules for key in inspect.signature(rule).parameters}
+    return (own | {"clip"}) - {"groups"}
 
 
 @functools.lru_cache(maxsize=64)

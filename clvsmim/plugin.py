@@ -5,6 +5,7 @@ has a function `make`. There is no registry to keep in step with the folder.
 """
 
 import difflib
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -53,6 +54,12 @@ def call(function: Callable, where: str, **kwargs: Any) -> Any:
     """Call with keywords; a misspelt or missing one is reported under `where`."""
     check(function, where, kwargs)
     return function(**kwargs)
+
+
+def bind(function: Callable, where: str, later: Iterable[str], **kwargs: Any) -> Any:
+    """`partial(function, **kwargs)`; those named in `later` come with the call."""
+    check(function, where, [*kwargs, *later])
+    return functools.partial(function, **kwargs)
 
 
 def check(function: Callable, where: str, given: Iterable[str]) -> None:

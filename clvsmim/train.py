@@ -149,7 +149,7 @@ def loop(
     4. every `log.save` steps and at the end, write what is kept, then save.
 
     Raises:
-      ValueError: the loss is not finite; the checkpoints are from before that.
+      ValueError: loss or gradient is not finite; the checkpoints are from before.
     """
     every, save = settings["log"]["every"], settings["log"]["save"]
     data = batches(
@@ -170,7 +170,7 @@ def loop(
             logs = {k: float(v) for k, v in jax.device_get(logs).items()}
             for writer in writers:
                 writer.write({"step": step, **logs, "seconds": round(seconds, 3)})
-            check_finite(step, logs["loss"], checkpoints)
+            check_finite(step, logs, checkpoints)
 
     begun = time.monotonic()
     try:
@@ -185,20 +185,23 @@ def loop(
                     write()
                     for writer in writers:
                         writer.flush()
-                    check_finite(step, jax.device_get(logs["loss"]), checkpoints)
+                    check_finite(step, logs, checkpoints)
                     checkpoints.save(step, state)
     finally:
         data.close()
     checkpoints.wait()
 
 
-def check_finite(step: int, loss: float, checkpoints: Checkpoints) -> None:
-    """Raise ValueError for a loss that is NaN or infinite: training is over."""
-    if not np.isfinite(loss):
-        raise ValueError(
-            f"the loss is {loss} at step {step}; the last checkpoint is of step "
-            f"{checkpoints.latest()}. Lower optim.schedule.base or set optim.clip"
-        )
+def check_finite(step: int, logs: dict[str, Any], checkpoints: Checkpoints) -> None:
+    """Raise ValueError if training is over: NaN or infinity in the loss, or in the
+    gradient, which makes the parameters so before the loss shows it."""
+    for name in ("loss", "gradient_norm"):
+        value = jax.device_get(logs[name])
+        if not np.isfinite(value):
+            raise ValueError(
+                f"{name} is {value} at step {step}; the last checkpoint is of step "
+                f"{checkpoints.latest()}. Lower optim.schedule.base or set optim.clip"
+            )
 
 
 if __name__ == "__main__":

@@ -128,6 +128,13 @@ def test_one_device_and_eight(measured):
     assert_close(other, states, 1e-6)
 
 
+def test_rows_of_eight_devices_come_in_image_order():
+    rows = np.arange(48.0).reshape(16, 3)
+    split = mesh.put(rows, mesh.make(jax.devices()))
+    assert len({s.index[0].start for s in split.addressable_shards}) == 8
+    np.testing.assert_array_equal(analysis.local(split), rows)
+
+
 def test_nothing_to_measure(trained, metrics):
     with pytest.raises(ValueError, match="no image"):
         analysis.run(

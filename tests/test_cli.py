@@ -1,5 +1,7 @@
 """Every mistake ends in one line that says what to do, and nothing is lost."""
 
+import contextlib
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -11,6 +13,7 @@ from PIL import Image
 
 from clvsmim import cli, plugin
 from clvsmim.data import crops, photos
+from clvsmim.data.pipeline import batches
 
 # ml_collections 1.1 loads a config file with what Python 3.12 deprecated for good.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -146,7 +149,8 @@ def test_the_huge_pages_restart_keeps_the_arguments(monkeypatch):
     cli.use_huge_pages()
     ((program, argv),) = calls
     assert program == sys.executable
-    assert argv == [program, "-m", "clvsmim.cli", "train", "--workdir=a b"]
+    assert argv[0] == program
+    assert argv[-4:] == ["-m", "clvsmim.cli", "train", "--workdir=a b"]
     cli.use_huge_pages()
     assert len(calls) == 1
     monkeypatch.delenv("GLIBC_TUNABLES")
@@ -186,6 +190,15 @@ MISTAKES = {
         ["--config.optim.no_decay=('heads/bais',)"],
         ["'heads/bais'", "matches no"],
     ),
+    "epochs for ever": (["--config.epochs=inf"], ["epochs=inf", "0.0312 (one)"]),
+    "no logs": (["--config.log.every=0"], ["log.every=0", ">= 1"]),
+    "seed": (["--config.seed=-1"], ["seed=-1", ">= 0"]),
+    "workers": (["--config.data.workers=-1"], ["data.workers=-1", ">= 0"]),
+    "patch": (["--config.encoder.patch=0"], ["encoder.patch=0", ">= 1"]),
+    "one side": (["--config.encoder.image=(32,)"], ["(rows, columns)"]),
+    "mask unit": (["--config.objective.mask_unit=0"], ["mask_unit=0"]),
+    "no rule": (["--config.optim.no_decay=('(',)"], ["'('", "no regular expression"]),
+    "crop": (["--config.objective.crop.filter=bilnear"], ["'bilnear'", "bilinear"]),
     "no run": (["--config.init.path=/nowhere"], ["no checkpoint in /nowhere"]),
 }
 
@@ -198,6 +211,13 @@ def test_a_mistake_in_the_config_is_one_line_and_leaves_no_folder(
     line = refused_config(*argv)
     for part in parts:
         assert part in line
+
+
+def test_heads_that_cannot_be_compared(refused_config):
+    line = refused_config(
+        "--config.objective.predictor=(256,32)", config=f"{DEMO}:moco_v3"
+    )
+    assert "projector" in line and "predictor" in line
 
 
 @pytest.mark.parametrize("lam", [-0.1, 1.5, "nan"])
@@ -244,6 +264,13 @@ def test_a_config_without_a_section_or_with_one_too_many(refused, tmp_path):
         line = refused("train", f"--config={path}", f"--workdir={tmp_path}/run")
         assert part in line
     assert not (tmp_path / "run").exists()
+
+
+def test_recipes_are_found_where_there_is_no_clone(refused_config, monkeypatch):
+    monkeypatch.chdir("/")
+    recipe = "--config=configs/demo.py:simmim"
+    assert "batch 12" in refused_config("--config.batch=12", config=recipe)
+    assert "demos.py" in refused_config(config="--config=configs/demos.py")
 
 
 def test_an_unknown_variant_names_the_known_ones(refused_config):
@@ -332,6 +359,41 @@ def test_a_corrupt_image_is_named_when_training_meets_it(
     assert line.startswith(f"clvsmim train: cannot read the image {corrupt}: ")
     assert "replace or remove the file" in line
     assert "Traceback" not in err and len(err.splitlines()) == 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Corrupt:
+    """A source whose every image is the same damaged file."""
+
+    path: str
+    name: str = "corrupt"
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return {"image": crops.read_image(self.path), "label": 0, "index": index}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_corrupt_image_is_named_across_threads_and_processes(
+    corrupt, capsys, workers
+):
+    view = {"size": (8, 8), "area": (0.2, 1.0), "aspect": (0.7, 1.4)}
+    views = (crops.RandomResizedCrop(name="a", filter="bilinear", **view),)
+    module = type(sys)("clvsmim.train")
+
+    def main(argv):
+        source = Corrupt(str(corrupt))
+        settings = {"batch": 4, "seed": 0, "threads": 2, "workers": workers}
+        with contextlib.closing(batches(source, views, **settings)) as data:
+            next(data)
+
+    module.main = main
+    with pytest.raises(SystemExit) as error:
+        cli.run(module, [])
+    line = the_line("train", error.value.code, *capsys.readouterr())
+    assert line.startswith(f"cannot read the image {corrupt}: ")
 
 
 def test_a_corrupt_image_is_named_when_an_analysis_meets_it(clvsmim, corrupt, trained):

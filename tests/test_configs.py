@@ -3,6 +3,7 @@
 import copy
 import functools
 import importlib
+import inspect
 import re
 
 import jax
@@ -24,7 +25,8 @@ OPTIONAL = {"optim.clip", "optim.no_decay", "optim.frozen", "mesh.fsdp"}
 
 def variants(name):
     """What may stand after "file.py:"."""
-    return list(module(name).STEPS) if name == "demo" else [None]
+    wanted = inspect.signature(module(name).get_config).parameters
+    return list(runs.OBJECTIVES) if wanted else [None]
 
 
 def module(name):

@@ -78,7 +78,7 @@ OTHERS = {
     "checkpoint": {"orbax", "absl", "etils"},
     "meta": {"etils"},
     "formats": {"safetensors", "torch"},
-    "report": {"matplotlib", "jinja2", "PIL"},
+    "report": {"matplotlib", "jinja2", "PIL", "etils"},
     "log": {"clu", "etils", "tqdm"},
     "step": {"optax"},
     "analysis": {"etils"},
@@ -173,6 +173,7 @@ def test_law_metrics_need_jax_numpy_and_the_plugin_loader():
 KEYWORDS = {
     "plugin.load",
     "plugin.call",
+    "plugin.bind",
     "vit.make",  # Spec(**fields)
     "optim.optimizer",
     "schedules.schedule",

@@ -5,6 +5,7 @@ import csv
 import html.parser
 import io
 import json
+import pathlib
 import re
 import subprocess
 import sys
@@ -90,7 +91,7 @@ def galleries():
 
 def write(folder):
     claims = report.Table("claims", ("id", "verdict"), [("1", "shows"), ("2", HOSTILE)])
-    return report.write(
+    page = report.write(
         folder,
         title=f"Title {HOSTILE}",
         lead=HOSTILE,
@@ -101,6 +102,7 @@ def write(folder):
         ],
         notes=(HOSTILE,),
     )
+    return pathlib.Path(page)
 
 
 @pytest.fixture(scope="module")

@@ -229,10 +229,12 @@ def test_sigkill_again_and_again(whole, tmp_path, seed):
 
 
 def test_started_again_when_done_it_changes_nothing(whole, capsys):
-    before = runs.snapshot(whole("simmim"))
+    folder = whole("simmim")
+    paths = [folder / "log.jsonl", folder / "checkpoints"]
+    before = runs.snapshot(folder), [p.stat().st_mtime_ns for p in paths]
     capsys.readouterr()
-    runs.run(whole("simmim"))
-    assert runs.snapshot(whole("simmim")) == before
+    runs.run(folder)
+    assert (runs.snapshot(folder), [p.stat().st_mtime_ns for p in paths]) == before
     said = capsys.readouterr().err
     assert (
         said == "simmim: 12 of 12 steps of 16 images on 1 x cpu; nothing left to do\n"
@@ -324,7 +326,8 @@ def begun(config, folder):
     """The state at step 0 of a config on one device."""
     program = build.build(config, jax.devices()[:1])
     with checkpoint.Checkpoints(str(folder), keep=1) as checkpoints:
-        state, start = train.begin(program, checkpoints, config.init.path)
+        given = train.given_encoder(program, config.init.path)
+        state, start = train.begin(program, checkpoints, given)
     assert start == 0
     return state
 
@@ -448,7 +451,26 @@ def test_the_host_never_waits_for_the_step_that_it_has_just_dispatched(
     got = sorted(set(reads))
     # A record is read when the next one is due, one step or more later, or before a
     # save, which waits for the step anyhow.
-    assert got == [(2, 4), (4, 5), (6, 8), (8, 10), (10, 10), (12, 12)]
+    assert got == [(2, 4), (4, 5), (5, 5), (6, 8), (8, 10), (10, 10), (12, 12)]
+
+
+@pytest.mark.parametrize(
+    "name, number, every, written",
+    [("loss", 7, 1, [1, 2, 3, 4, 5, 6, 7]), ("gradient_norm", 10, 4, [4, 8])],
+)
+def test_what_is_not_finite_is_neither_trained_on_nor_saved(
+    tmp_path, on_step, name, number, every, written
+):
+    def after(step, state, logs):
+        value = jax.device_put(np.float32("nan" if step >= number else 1.0))
+        return logs | {name: logs[name] * value}
+
+    on_step(after=after)
+    reason = f"{name} is nan at step {number}; the last checkpoint is of step 5"
+    with pytest.raises(ValueError, match=reason):
+        runs.run(tmp_path, log__every=every)
+    assert steps_on_disk(tmp_path) == [5]
+    assert [r["step"] for r in runs.trace(tmp_path)] == written
 
 
 def test_the_loop_runs_under_the_transfer_guard(tmp_path, on_step):

@@ -8,6 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from clvsmim import plugin
+from clvsmim.data.crops import RandomResizedCrop
+
 Tree = Any
 
 
@@ -42,6 +45,13 @@ class Objective:
     loss: Callable
     after: Callable
     reconstruct: Callable | None = None
+
+
+def random_crop(
+    name: str, size: tuple[int, int], crop: dict[str, Any]
+) -> RandomResizedCrop:
+    """The host view that the section `crop` of a config describes."""
+    return plugin.call(RandomResizedCrop, "crop", name=name, size=size, **crop)
 
 
 def fold(key: jax.Array, name: str) -> jax.Array:

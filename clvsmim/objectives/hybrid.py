@@ -22,6 +22,8 @@ def make(*, encoder: ViT, lam: float, mim: Objective, cl: Objective) -> Objectiv
     """
     if not 0 <= lam <= 1:
         raise ValueError(f"objective.lam={lam}: lambda must lie in [0, 1]")
+    if not (isinstance(mim, Objective) and isinstance(cl, Objective)):
+        raise ValueError("objective.mim or objective.cl needs a name")
     if mim.name == cl.name:
         raise ValueError(
             f"a hybrid mixes two different objectives, got {cl.name} twice"

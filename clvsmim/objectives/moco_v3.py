@@ -6,8 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from clvsmim import views
-from clvsmim.data.crops import RandomResizedCrop
+from clvsmim import plugin, views
 from clvsmim.heads import MLPHead
 from clvsmim.objectives import (
     Objective,
@@ -17,6 +16,7 @@ from clvsmim.objectives import (
     ema_rate,
     fold,
     init_encoder,
+    random_crop,
 )
 from clvsmim.vit import ViT
 
@@ -54,14 +54,15 @@ def make(
         "projector": MLPHead(tuple(projector), encoder.spec.dtype),
         "predictor": MLPHead(tuple(predictor), encoder.spec.dtype),
     }
-    view = partial(views.moco_view, mean=tuple(mean), std=tuple(std))
-    recipes = partial(view, **view_1), partial(view, **view_2)
+    colour = {"mean": tuple(mean), "std": tuple(std)}
+    recipes = tuple(
+        plugin.bind(views.moco_view, where, ("key", "image"), **view, **colour)
+        for where, view in (("view_1", view_1), ("view_2", view_2))
+    )
     return Objective(
         name=NAME,
         encoder=encoder,
-        views=tuple(
-            RandomResizedCrop(name=f"{NAME}/{i}", size=size, **crop) for i in (1, 2)
-        ),
+        views=tuple(random_crop(f"{NAME}/{i}", size, crop) for i in (1, 2)),
         prepare=partial(prepare, recipes),
         init=partial(init, encoder, heads),
         loss=partial(loss, encoder, heads, tau),

@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from clvsmim import masks, views
-from clvsmim.data.crops import RandomResizedCrop
 from clvsmim.heads import PixelDecoder
 from clvsmim.inits import cut_normal
-from clvsmim.objectives import Objective, Tree, apply, fold, init_encoder
+from clvsmim.objectives import Objective, Tree, apply, fold, init_encoder, random_crop
 from clvsmim.vit import ViT
 
 NAME = "simmim"
@@ -48,7 +47,7 @@ def make(
     return Objective(
         name=NAME,
         encoder=encoder,
-        views=(RandomResizedCrop(name=f"{NAME}/1", size=spec.image, **crop),),
+        views=(random_crop(f"{NAME}/1", spec.image, crop),),
         prepare=partial(prepare, view, mask),
         init=partial(init, encoder, decoder),
         loss=partial(loss, encoder, decoder),
