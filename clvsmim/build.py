@@ -5,6 +5,7 @@ takes explicit keywords, so a misspelt or missing key is an error here.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,9 +95,10 @@ def program(
     steps_per_epoch = len(source) // batch
     if not steps_per_epoch:
         raise ValueError(f"batch {batch} is larger than the {len(source)} images")
+    if not math.isfinite(epochs) or round(epochs * steps_per_epoch) < 1:
+        least = f"{1 / steps_per_epoch:.3g}"
+        raise ValueError(f"epochs={epochs} is no step; use {least} (one) or more")
     total = round(epochs * steps_per_epoch)
-    if total < 1:
-        raise ValueError(f"epochs={epochs} is no step; use at least {1 / len(source)}")
     spec = batch_spec(method, batch, grid)
     optimizer = make_optimizer(method, optim, total, steps_per_epoch)
     born = make_init(method, optimizer, spec, seed=seed)
@@ -138,7 +140,12 @@ def init_section(*, path: str) -> None:
 
 
 def loader_section(*, source: dict, workers: int, threads: int, prefetch: int) -> None:
-    """Names the keys of the section `data`; see `data.pipeline.batches`."""
+    """The keys of the section `data`; see `data.pipeline.batches`."""
+    if min(workers, threads, prefetch) < 0:
+        raise ValueError(
+            f"data.workers={workers}, data.threads={threads}, "
+            f"data.prefetch={prefetch}: use >= 0"
+        )
 
 
 def plain(config: ConfigDict | FrozenConfigDict) -> dict[str, Any]:
@@ -176,7 +183,7 @@ def make_objective(
 
 def make_source(section: dict[str, Any], split: str) -> Source:
     """The section `data`: its source, of one split."""
-    plugin.check(loader_section, "data", section)
+    plugin.call(loader_section, "data", **section)
     source = dict(section["source"])
     return plugin.load("data", _named(source, "data.source"), split=split, **source)
 

@@ -47,6 +47,13 @@ def by_rule(tree: Tree, rules: Sequence[tuple[str, Any]], what: str) -> Tree:
         rule `.*` may match nothing.
     """
     used = set()
+    for pattern, _ in rules:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"the {what} rule {pattern!r} is no regular expression: {error}"
+            ) from error
 
     def pick(name: str, _: Any) -> Any:
         for i, (pattern, value) in enumerate(rules):

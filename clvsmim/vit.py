@@ -208,6 +208,14 @@ def make(**fields: object) -> ViT:
             raise ValueError(
                 f"encoder.{name}={getattr(spec, name)!r}; known: {', '.join(known)}"
             )
+    for name in ("width", "depth", "heads", "patch"):
+        if getattr(spec, name) < 1:
+            raise ValueError(f"encoder.{name}={getattr(spec, name)}: use >= 1")
+    if spec.prefix < 0 or len(spec.image) != 2:
+        raise ValueError(
+            f"encoder.prefix={spec.prefix} and encoder.image={spec.image}: expected "
+            "tokens before the patches (0, 1 or more) and (rows, columns)"
+        )
     for side in spec.image:
         if side % spec.patch or side <= 0:
             fits = tuple(max(s // spec.patch, 1) * spec.patch for s in spec.image)

@@ -12,7 +12,7 @@ No published result: it exists to be watched.
 
 from ml_collections import ConfigDict
 
-STEPS = {"moco_v3": 90, "simmim": 200, "hybrid": 60}  # about a minute each
+STEPS = {"moco_v3": 75, "simmim": 180, "hybrid": 50}  # about a minute each
 
 
 def get_config(name: str = "hybrid") -> ConfigDict:

@@ -49,6 +49,10 @@ def make(
     """
     if not encoder.spec.prefix:
         raise ValueError("moco_v3 reads the CLS token: set encoder.prefix >= 1")
+    if not projector or tuple(projector)[-1:] != tuple(predictor)[-1:]:
+        raise ValueError(
+            f"projector {projector} and predictor {predictor} must end in one width"
+        )
     size = encoder.spec.image
     heads = {
         "projector": MLPHead(tuple(projector), encoder.spec.dtype),

@@ -35,7 +35,7 @@ def make(
       mask_ratio: share of the cells to hide, rounded up.
     """
     spec = encoder.spec
-    if mask_unit % spec.patch:
+    if mask_unit < 1 or mask_unit % spec.patch:
         raise ValueError(
             f"mask_unit={mask_unit} pixels is not a multiple of the patch {spec.patch}"
         )
