@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import MOCO, QUICK, TINY, tiny, tiny_moco_v3
+from models import MOCO, QUICK, TINY, VIEW, tiny, tiny_moco_v3
 
 from clvsmim import tree, vit
 from clvsmim.heads import BatchNorm, MLPHead, PixelDecoder
@@ -197,8 +197,8 @@ def test_moco_v3_of_vit_b_has_the_published_sizes():
     objective = moco_v3.make(
         encoder=encoder,
         crop={"area": (0.08, 1.0), "aspect": (0.75, 1.25), "filter": "bilinear"},
-        view_1={},
-        view_2={},
+        view_1=VIEW | {"blur_p": 1.0, "solarize_p": 0.0},
+        view_2=VIEW | {"blur_p": 0.1, "solarize_p": 0.2},
         mean=(0.5,) * 3,
         std=(0.5,) * 3,
         projector=(4096, 4096, 256),
