@@ -3,27 +3,24 @@
     clvsmim analyze runs/simmim
     clvsmim analyze runs/simmim --images=2000 --metrics=distance,nmi --out=somewhere
 
-Writes to WORKDIR/analysis: report.html with figures and tables, series.json (every
-number), state_0.npz (sums that can be merged with those of other images), pictures.npz.
+Everything is measured in one pass over the images; probes need another one, over
+training images. Stopped, it goes on where it last saved. Writes to WORKDIR/analysis:
+report.html with figures and tables, series.json (every number), state.npz (sums that
+`clvsmim merge` adds to those of other images), pictures.npz.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from absl import flags
-from jax.experimental import multihost_utils
-from tqdm import tqdm
 
 from clvsmim import analysis, build, cli, meta, pictures, plugin, tree
-from clvsmim import mesh as meshes
-from clvsmim.analysis import Analysis
 from clvsmim.checkpoint import restore_params
-from clvsmim.data import Source
-from clvsmim.data.crops import CenterCrop
-from clvsmim.data.pipeline import eval_batches
+from clvsmim.data.crops import to_image
+from clvsmim.measure import Part, Settings, Subject, make_parts, measure
 from clvsmim.metrics import Series
 from clvsmim.objectives import Objective
 
@@ -34,35 +31,37 @@ def main(argv: Sequence[str]) -> None:
     values, rest = cli.parse(__doc__, argv, _flags, positional="WORKDIR")
     if len(rest) != 1:
         raise ValueError(f"expected one WORKDIR of a training, got {len(rest)}")
-    names = [n for n in values.metrics.split(",") if n]
+    names = tuple(n for n in values.metrics.split(",") if n)
     for name in names:
         plugin.find("metrics", name)
     if not names:
         raise ValueError(f"--metrics names none; known: {', '.join(analysis.METRICS)}")
     out = values.out or f"{rest[0]}/analysis"
-    analyze(
-        rest[0],
-        out,
-        split=values.split,
-        images=values.images,
-        batch=values.batch,
-        metrics=names,
-    )
+    given = {k: getattr(values, k) for k in Settings._fields}
+    analyze(rest[0], out, Settings(**given | {"metrics": names}))
     if jax.process_index() == 0:
         from clvsmim import present  # matplotlib is slow to import
 
-        print(present.one(rest[0], out))
+        print(present.one(out))
 
 
 def _flags(values: flags.FlagValues) -> None:
-    own = {"flag_values": values}
+    own, usual = {"flag_values": values}, Settings()
+
+    def integer(name: str, least: int, what: str) -> None:
+        default = getattr(usual, name)
+        flags.DEFINE_integer(name, default, what, lower_bound=least, **own)
+
     flags.DEFINE_string("out", "", "folder for the results; WORKDIR/analysis", **own)
-    flags.DEFINE_string("split", "test", "which images of the training's data", **own)
-    flags.DEFINE_integer(
-        "images", 512, "how many, the first ones", lower_bound=1, **own
-    )
-    flags.DEFINE_integer("batch", 64, "images in one forward", lower_bound=1, **own)
-    known = ",".join(analysis.METRICS)
+    what = "which images of the training's data"
+    flags.DEFINE_string("split", usual.split, what, **own)
+    integer("images", 1, "how many")
+    integer("skip", 0, "leave out so many, the first ones")
+    integer("train_images", 1, "how many training images the probes learn from")
+    integer("batch", 1, "images in one forward")
+    integer("group", 4, "images in a mini-batch of CKA")
+    integer("every", 1, "batches between two saves")
+    known = ",".join(usual.metrics)
     flags.DEFINE_string("metrics", known, "what to measure, by commas", **own)
 
 
@@ -103,112 +102,80 @@ def load(workdir: str) -> Trained:
     return Trained(config, objective, whole["params"], whole["extra"], step)
 
 
-def eval_view(size: tuple[int, int]) -> CenterCrop:
-    """Shorter side to 256/224 of the input, then its centre (the usual protocol)."""
-    resize = round(max(size) * 256 / 224)
-    return CenterCrop(name="eval", size=tuple(size), resize=resize, filter="bilinear")
-
-
-def analyze(
-    workdir: str,
-    out: str,
-    *,
-    split: str,
-    images: int,
-    batch: int,
-    metrics: Sequence[str],
-) -> list[Series]:
+def analyze(workdir: str, out: str, settings: Settings) -> list[Series]:
     """Measure the newest checkpoint of `workdir`, write states, series and pictures.
 
     Nothing is measured again if `out` holds the same measurement already.
     """
     run = load(workdir)
-    source = build.make_source(run.config["data"], split)
+    encoder, data = run.objective.encoder, run.config["data"]
+    source = build.make_source(data, settings.split)
+    facts = analysis.facts_of(encoder, group=settings.group, classes=source.num_classes)
+    metrics = analysis.make_metrics(settings.metrics, facts)
+    parts = make_parts(
+        lambda split: build.make_source(data, split),
+        encoder.spec.image,
+        settings,
+        metrics,
+    )
     stamp = {
         "clvsmim": meta.versions()["clvsmim"],
         "encoder": analysis.digest(run.variables),
-        "data": {**run.config["data"]["source"], "split": split},
+        "data": {**data["source"], "split": settings.split},
         "input": run.config["input"],
-        "metrics": list(metrics),
+        "metrics": settings.metrics,
+        "facts": facts,
+        "train_images": settings.train_images,
     }
     stamp = json.loads(json.dumps(stamp))
+    asked = {"stamp": stamp, "images": parts["test"].count, "skip": settings.skip}
     done = analysis.read_series(out)
-    if done and done["stamp"] == stamp and done["images"] == min(images, len(source)):
+    if done and all(done.get(k) == v for k, v in asked.items()):
         return done["series"]
     meta.check_writable(out, "--out")
-    chosen = analysis.make_metrics(metrics, run.objective.encoder)
-    whole = measure(run, source, out, stamp, chosen, images=images, batch=batch)
-    series = analysis.series(chosen, whole.states)
+    name = run.config["objective"]["name"]
+    subject = Subject(name, encoder, run.variables, **run.config["input"])
+    whole = measure(subject, parts, metrics, stamp=stamp, out=out, settings=settings)
+    series = analysis.series(metrics, whole.states)
     if jax.process_index() == 0:
-        save_pictures(run, source, f"{out}/pictures.npz")
-        plain = {"stamp": stamp, "step": run.step, "images": len(whole.ids)}
-        plain["series"] = [s.to_json() for s in series]
-        text = json.dumps(plain, indent=1, allow_nan=False)
-        analysis.write_whole(f"{out}/series.json", text.encode())
+        series += save_pictures(run, parts["test"], f"{out}/pictures.npz")
+        analysis.save(f"{out}/state.npz", whole)
+        about = {"config": run.config, "workdir": str(workdir), "step": run.step}
+        analysis.write_series(out, series, **asked, **about)
     return series
 
 
-def measure(
-    run: Trained,
-    source: Source,
-    out: str,
-    stamp: dict[str, Any],
-    metrics: dict,
-    *,
-    images: int,
-    batch: int,
-) -> Analysis:
-    """States over all processes; each writes its own file, then all are merged."""
-    mesh = meshes.make()
-    batch = -(-batch // mesh.size) * mesh.size  # padding is free of harm
-    count = min(images, len(source))
-    data = eval_batches(
-        source,
-        eval_view(run.objective.encoder.spec.image),
-        batch=batch,
-        process=jax.process_index(),
-        processes=jax.process_count(),
-        limit=count,
-    )
-    title = f"measuring {run.config['objective']['name']}"
-    with tqdm(total=count, unit=" images", desc=title, delay=1) as bar:
-        states, ids = analysis.run(
-            run.objective.encoder,
-            run.variables,
-            data,
-            metrics,
-            mesh=mesh,
-            seen=lambda n: bar.update(min(n * jax.process_count(), count - bar.n)),
-            **run.config["input"],
-        )
-    mine = Analysis(stamp, ids, states)
-    analysis.save(f"{out}/state_{jax.process_index()}.npz", mine)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("analysis states are written")
-    others = range(1, jax.process_count())
-    whole = analysis.load(f"{out}/state_0.npz")
-    for process in others:
-        part = analysis.load(f"{out}/state_{process}.npz")
-        whole = analysis.merge(metrics, whole, part)
-    return whole
+def save_pictures(run: Trained, part: Part, path: str, rows: int = 4) -> list[Series]:
+    """Attention maps of two queries, some reconstructions, the tokens of some images.
 
-
-def save_pictures(run: Trained, source: Source, path: str, rows: int = 4) -> None:
-    """Attention maps of two queries on one image, and some reconstructions."""
-    spec, colour = run.objective.encoder.spec, run.config["input"]
-    data = eval_batches(source, eval_view(spec.image), batch=rows, limit=rows)
-    images = next(iter(data))["views"][0]
-    places = pictures.queries(spec.grid)
+    Returns what was measured on the tokens.
+    """
+    encoder, colour = run.objective.encoder, run.config["input"]
+    images, labels = few(part, range(min(rows, part.count)))
+    places = pictures.queries(encoder.spec.grid)
     arrays = {"image": images[0], "places": np.array(places)}
     arrays["attention"] = pictures.attention_maps(
-        run.objective.encoder, run.variables, images[0], places=places, **colour
+        encoder, run.variables, images[0], places=places, **colour
     )
     if run.objective.reconstruct:
         seen = pictures.reconstructions(
             run.objective, run.params, run.extra, images, seed=0, **colour
         )
         arrays |= dict(zip(("original", "mask", "reconstruction"), seen, strict=True))
+    among = [part.source[part.skip + i]["label"] for i in range(min(part.count, 256))]
+    images, labels = few(part, pictures.choose(among))
+    tokens = pictures.patch_tokens(encoder, run.variables, images, **colour)
+    arrays["token_map"] = pictures.token_map(np.concatenate(tokens[-1]))
+    arrays["token_label"] = np.repeat(labels, tokens[-1].shape[1])
     analysis.save_arrays(path, arrays)
+    return pictures.clusters(tokens, labels)
+
+
+def few(part: Part, places: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Images (n, rows, columns, 3) and labels (n,) at some places of a part."""
+    items = [part.source[part.skip + place] for place in places]
+    images = [part.view(to_image(item["image"]), None) for item in items]
+    return np.stack(images), np.array([item["label"] for item in items])
 
 
 if __name__ == "__main__":

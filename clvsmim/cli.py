@@ -20,7 +20,9 @@ from clvsmim import plugin
 
 VERBS = {
     "train": "train an encoder by a config",
-    "analyze": "measure a trained encoder",
+    "analyze": "measure a trained encoder, write a report",
+    "compare": "show two or more analyses side by side",
+    "merge": "add analyses of one encoder on different images",
     "demo": "train three small encoders on photographs, measure them, show the report",
 }
 
@@ -33,21 +35,24 @@ def main() -> None:
         usage = "usage: clvsmim VERB ...   (clvsmim VERB --help tells more)\n"
         print(usage, verbs, sep="\n", file=sys.stdout if argv else sys.stderr)
         raise SystemExit(0 if argv else 2)
-    use_huge_pages()
+    tune_process()
     verb, *rest = argv
     if verb not in VERBS:
         fail("clvsmim", plugin.unknown("verb", verb, VERBS))
     run(importlib.import_module(f"clvsmim.{verb}"), rest)
 
 
-def use_huge_pages() -> None:
-    """On Linux, start again with huge pages in malloc.
+# On Linux, XLA's CPU buffers are hundreds of megabytes, new in every step; with 4 KiB
+# pages the kernel spends a third of a small step mapping them. And while XLA keeps all
+# cores busy, the threads of OpenBLAS in numpy only wait for each other: one is faster.
+TUNED = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "OPENBLAS_NUM_THREADS": "1"}
 
-    XLA's CPU buffers are hundreds of megabytes, new in every step; with 4 KiB pages the
-    kernel spends a third of a small step mapping them. glibc reads this only at start.
-    """
+
+def tune_process() -> None:
+    """On Linux, start again with `TUNED` in the environment, read at start only."""
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        for name, value in TUNED.items():
+            os.environ.setdefault(name, value)
         os.execv(
             sys.executable, [sys.executable, "-P", "-m", "clvsmim.cli", *sys.argv[1:]]
         )

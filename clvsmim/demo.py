@@ -16,12 +16,18 @@ import jax
 from absl import flags
 from etils import epath
 
-from clvsmim import analysis, analyze, build, cli, train
+from clvsmim import analysis, analyze, build, cli, compare, train
 from clvsmim.configs import demo as recipe
 from clvsmim.data import photos
+from clvsmim.measure import Settings
 
 NAMES = ("moco_v3", "simmim", "hybrid")
-IMAGES = 512
+SETTINGS = Settings(
+    images=512,
+    train_images=2048,
+    batch=128,
+    metrics=(*analysis.METRICS, "lidar"),
+)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -46,14 +52,7 @@ def demo(out: str, changes: dict[str, object] | None = None) -> epath.Path:
         config = recipe.get_config(name)
         config.update_from_flattened_dict(changes or {})
         train.train(config, f"{out}/{name}", name=name)
-        analyze.analyze(
-            f"{out}/{name}",
-            f"{out}/{name}/analysis",
-            split="test",
-            images=IMAGES,
-            batch=128,
-            metrics=analysis.METRICS,
-        )
+        analyze.analyze(f"{out}/{name}", f"{out}/{name}/analysis", SETTINGS)
     path = report(out)
     print(f"{time.monotonic() - begun:.0f} seconds", file=sys.stderr)
     return path
@@ -61,12 +60,13 @@ def demo(out: str, changes: dict[str, object] | None = None) -> epath.Path:
 
 def report(out: str) -> epath.Path:
     """The page about what the three runs in `out` learned."""
-    from clvsmim import present  # matplotlib is slow to import
-
-    folders = [(f"{out}/{name}", f"{out}/{name}/analysis") for name in NAMES]
-    runs = [(present.read(*folder), folder[1]) for folder in folders]
-    heading = "Three ways to learn without labels"
-    return present.page(out, heading, runs, lead=LEAD, notes=[machine(), floor()])
+    return compare.compare(
+        [f"{out}/{name}/analysis" for name in NAMES],
+        out,
+        title="Three ways to learn without labels",
+        lead=LEAD,
+        notes=[machine(), floor()],
+    )
 
 
 LEAD = (

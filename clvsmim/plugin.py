@@ -14,9 +14,10 @@ from typing import Any
 
 
 def names(folder: str) -> list[str]:
-    """The modules of `clvsmim/<folder>` that can be loaded, sorted."""
+    """The modules of `clvsmim/<folder>` that can be loaded, sorted; no `_private`."""
     package = importlib.import_module(f"clvsmim.{folder}")
-    return sorted(m.name for m in pkgutil.iter_modules(package.__path__))
+    found = (m.name for m in pkgutil.iter_modules(package.__path__))
+    return sorted(name for name in found if not name.startswith("_"))
 
 
 def load(folder: str, name: str, **kwargs: Any) -> Any:

@@ -1,19 +1,22 @@
 """Analyses on disk -> runs of a report, with the words that go beside the figures."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from clvsmim import analysis, log, meta
+from clvsmim import analysis, claims, log
 from clvsmim.build import make_encoder
+from clvsmim.metrics import Series
 from clvsmim.report import (
     Gallery,
     Run,
     Section,
     attention_gallery,
     reconstruction_gallery,
+    scatter,
     write,
 )
 
@@ -21,24 +24,57 @@ FAMILIES = {"moco_v3": "cl", "simmim": "mim", "hybrid": "hybrid"}
 TITLES = {"moco_v3": "MoCo v3 (CL)", "simmim": "SimMIM (MIM)", "hybrid": "hybrid"}
 
 
-def one(workdir: str, out: str) -> epath.Path:
+def one(out: str) -> epath.Path:
     """The report of one analysis, into its own folder."""
-    run = read(workdir, out)
+    run = read(out)
     return page(out, f"What {run.name} learned", [(run, out)])
 
 
-def read(workdir: str, out: str, name: str = "") -> Run:
-    """A run as the report shows it, from the files of its training and analysis."""
-    found, config = analysis.read_series(out), meta.read_meta(workdir)["config"]
-    objective = config["objective"]
-    records = log.read(f"{workdir}/log.jsonl")
+def read(out: str, name: str = "", more: Sequence[Series] = ()) -> Run:
+    """A run as the report shows it, from the files of its analysis and training.
+
+    Args:
+      name: what to call it; its method by default.
+      more: series that are not in the files.
+    """
+    found = analysis.read_series(out)
+    objective = found["config"]["objective"]
+    records = log.read(f"{found['workdir']}/log.jsonl")
     return Run(
         name=name or title(objective),
         family=FAMILIES.get(objective["name"], ""),
-        series=found["series"],
+        series=[*found["series"], *more],
         log=records,
-        facts=facts(config, found, records),
+        facts=facts(found["config"], found, records),
     )
+
+
+def measured(out: str) -> claims.Measured:
+    """An analysis as the claims are judged on it."""
+    found = analysis.read_series(out)
+    objective = found["config"]["objective"]
+    return claims.Measured(
+        method=objective["name"],
+        seed=found["config"]["seed"],
+        series=found["series"],
+        lam=objective.get("lam"),
+    )
+
+
+def names(folders: Sequence[str]) -> list[str]:
+    """What to call analyses: the method, and the folder too if two share it."""
+    found = [analysis.read_series(out)["config"]["objective"] for out in folders]
+    titles = [title(objective) for objective in found]
+    return [
+        t if titles.count(t) == 1 else f"{t}, {label(out)}"
+        for t, out in zip(titles, folders, strict=True)
+    ]
+
+
+def label(out: str) -> str:
+    """The folder of the workdir, or of the analysis if it is elsewhere."""
+    path = epath.Path(out)
+    return path.parent.name if path.name == "analysis" else path.name
 
 
 def title(objective: dict[str, Any]) -> str:
@@ -73,12 +109,17 @@ def page(
 ) -> epath.Path:
     """Write the report of runs and their analysis folders."""
     drawn = [(run, pictures(out)) for run, out in runs]
+    models = [measured(out) for _, out in runs]
+    verdicts = claims.to_json(claims.judge(models))
+    text = json.dumps(verdicts, indent=1, ensure_ascii=False)
+    analysis.write_whole(f"{folder}/data/claims.json", f"{text}\n".encode())
+    shown = (seeing(drawn), looking(drawn), claimed(models), *SECTIONS, near(drawn))
     return write(
         folder,
         title=heading,
         runs=[run for run, _ in runs],
         lead=lead,
-        sections=[s for s in (seeing(drawn), looking(drawn), *SECTIONS) if s],
+        sections=[s for s in shown if s],
         notes=notes,
     )
 
@@ -127,6 +168,40 @@ def looking(drawn: Sequence[tuple[Run, dict]]) -> Section | None:
     return Section("Attention of two queries", text, galleries=galleries)
 
 
+def near(drawn: Sequence[tuple[Run, dict]]) -> Section | None:
+    """The tokens of the last block, by t-SNE."""
+    galleries = [
+        Gallery(run.name, "", ("tokens of the last block",), ((picture,),))
+        for run, p in drawn
+        if "token_map" in p
+        for picture in [scatter(p["token_map"], class_names(p["token_label"]))]
+    ]
+    text = (
+        "Every point is a patch token of the last block, its colour the class of its "
+        "image (t-SNE, perplexity 20). The paper finds the tokens of contrastive "
+        "learning in clusters, one for each image, and those of masked image modelling "
+        "intermingled. A picture of t-SNE can mislead: purity, the share of the ten "
+        "nearest tokens that are of the same image or class, and the silhouette are "
+        "measured on the tokens themselves."
+    )
+    series = ("token purity", "token silhouette")
+    return Section("Tokens near each other", text, series, galleries=galleries)
+
+
+def class_names(labels: np.ndarray) -> list[str]:
+    return [f"class {label}" for label in labels]
+
+
+def claimed(models: Sequence[claims.Measured]) -> Section:
+    """The table of the paper's claims."""
+    text = (
+        "What the paper reports, as statements with a threshold, fixed before looking. "
+        "A verdict needs three trainings from different seeds; with fewer the values "
+        "stand there unjudged. Claims that cannot be measured here say what is missing."
+    )
+    return Section("The paper's claims", text, tables=(claims.table(models),))
+
+
 def attention(runs: Sequence[Run], arrays: Sequence[dict]) -> Gallery:
     """One row per run and block: first, middle, last."""
     maps, rows = [], []
@@ -144,21 +219,107 @@ SECTIONS = (
         "How far attention reaches",
         "Attention distance is the mean distance, in pixels, from a query to what it "
         "attends. The paper (Fig. 3) finds contrastive learning global in its last "
-        "blocks and masked image modelling more local there.",
-        ("attention distance",),
+        "blocks and masked image modelling more local there. The aligned map is what a "
+        "patch sees on average around itself, in the middle.",
+        (
+            "attention distance",
+            "attention by distance",
+            "aligned attention",
+            "mean attention offset",
+        ),
     ),
     Section(
         "How much attention depends on the query",
         "Normalised mutual information between query and key positions: 0 if every "
         "query looks at the same keys (attention collapse), 1 if each has its own. The "
-        "paper (Fig. 4) finds it near 0 in the last blocks of contrastive learning.",
-        ("normalized mutual information",),
+        "paper (Fig. 4) finds it near 0 in the last blocks of contrastive learning. "
+        "Uniform attention is 0 as well: its entropy tells the two apart.",
+        (
+            "normalized mutual information",
+            "attention entropy",
+            "deviation over queries",
+            "cosine between heads",
+            "attention mass on CLS",
+            "attention of CLS on patches",
+            "attention rollout of CLS",
+        ),
+    ),
+    Section(
+        "How alike representations are",
+        "CKA compares what heads, blocks or positions say about the same images: 0 for "
+        "unrelated, 1 for the same up to a rotation. The paper (Fig. 5) finds heads, "
+        "blocks and positions more alike in contrastive learning, most in late blocks.",
+        (
+            "CKA between heads",
+            "CKA between positions",
+            "CKA between depths",
+            "CKA between depths, matrix",
+            "CKA between taps, matrix",
+            "CKA between heads, matrices",
+        ),
+    ),
+    Section(
+        "How much room tokens and images take",
+        "Singular values of the covariance, as logarithms: of the tokens of one image "
+        "(token level), and of the mean tokens of many images (image level). The paper "
+        "(Fig. 7) finds that contrastive learning spreads images apart with depth and "
+        "hardly the tokens within one; masked image modelling does the opposite.",
+        (
+            "token-level log singular value, mean over ranks",
+            "image-level log singular value, mean over ranks",
+            "token-level log singular values",
+            "image-level log singular values",
+        ),
+    ),
+    Section(
+        "How many dimensions are in use",
+        "Effective ranks of the images' representations: few dimensions in use means "
+        "that the representation collapses. They need no labels.",
+        (
+            "RankMe",
+            "RankMe, centred",
+            "effective rank",
+            "participation ratio",
+            "stable rank",
+            "numerical rank",
+            "alpha-ReQ",
+            "LiDAR",
+            "std of normalised features",
+        ),
+    ),
+    Section(
+        "What a block does to the tokens",
+        "If attention moves all tokens of an image alike, the share of a common "
+        "translation is 1 (Fig. 6). Tokens that grow alike have a cosine near 1 (over-"
+        "smoothing). Displacement says how far a block moves them (Fig. 11).",
+        (
+            "translation share of attention updates",
+            "translation share of MLP updates",
+            "relative displacement",
+            "share of attention in displacement",
+            "cosine of update and stream",
+            "cosine between tokens",
+            "cosine between centred tokens",
+            "feature map variance",
+        ),
     ),
     Section(
         "High and low frequencies",
         "Δ log amplitude: how much weaker the highest diagonal frequency of the token "
         "map is than its mean. Higher means more high-frequency detail. The paper "
         "(Fig. 8) finds masked image modelling above contrastive learning throughout.",
-        ("delta log amplitude at the highest frequency", "delta log amplitude"),
+        (
+            "delta log amplitude at the highest frequency",
+            "delta log amplitude",
+            "radial log amplitude",
+            "log amplitude spectrum",
+        ),
+    ),
+    Section(
+        "What a linear probe and neighbours find",
+        "A ridge regression on the mean patch token of each block names the class of "
+        "held-out images. The paper (Fig. 10) finds contrastive learning best at its "
+        "last block, masked image modelling in the middle.",
+        ("ridge probe accuracy", "k-NN accuracy", "k-NN accuracy, top 5"),
     ),
 )

@@ -44,7 +44,8 @@ def sharp(trained):
 
 @pytest.fixture(scope="module")
 def metrics(trained):
-    return analysis.make_metrics(analysis.METRICS, trained.objective.encoder)
+    facts = analysis.facts_of(trained.objective.encoder, group=4, classes=16)
+    return analysis.make_metrics(analysis.METRICS, facts)
 
 
 @pytest.fixture(scope="module")
@@ -56,16 +57,17 @@ def measured(trained, sharp, metrics):
         key = (batch, devices, change, *split.items())
         if key not in found:
             source = build.make_source(trained.config["data"], "test")
-            view = analyze.eval_view(trained.objective.encoder.spec.image)
+            view = eval_view(trained.objective.encoder.spec.image)
             data = eval_batches(source, view, batch=batch, limit=IMAGES, **split)
-            found[key] = analysis.run(
+            *_, so_far = analysis.run(
                 trained.objective.encoder,
                 sharp,
                 map(change, data),
-                metrics,
+                analysis.reading(metrics, "test"),
                 mesh=mesh.make(jax.devices()[:devices]),
                 **trained.config["input"],
             )
+            found[key] = so_far()
         return found[key]
 
     return get
@@ -349,7 +351,7 @@ def pictures(done):
 
 def test_visible_pixels_are_those_of_the_image(pictures, trained):
     source = build.make_source(trained.config["data"], "test")
-    view = analyze.eval_view((16, 16))
+    view = eval_view((16, 16))
     (images,) = next(iter(eval_batches(source, view, batch=4, limit=4)))["views"]
     original, mask, found = (
         pictures[k] for k in ("original", "mask", "reconstruction")

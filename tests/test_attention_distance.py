@@ -5,7 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clvsmim.metrics import attention_distance, cls_mass, grid_distances, null_rows
+from clvsmim.metrics import (
+    attention_distance,
+    cls_attention,
+    cls_mass,
+    grid_distances,
+    null_rows,
+)
 from clvsmim.plugin import load
 
 G14 = {"grid": (14, 14), "patch": 16, "prefix": 0}
@@ -94,6 +100,16 @@ def test_registers_are_dropped_with_cls():
     np.testing.assert_allclose(cls_mass(jnp.asarray(twice), prefix=2), want, rtol=1e-6)
 
 
+def test_attention_of_cls_is_the_mean_over_patches():
+    attention = np.full((5, 5), 0.2)
+    attention[0] = 0.4, 0.3, 0.1, 0.1, 0.1  # CLS to CLS, to a register, to 3 patches
+    given = jnp.asarray(attention)
+    np.testing.assert_allclose(cls_attention(given, prefix=1), 0.15, rtol=1e-6)
+    np.testing.assert_allclose(cls_attention(given, prefix=2), 0.1, rtol=1e-6)
+    with pytest.raises(ValueError, match="got prefix 0, expected at least 1"):
+        cls_attention(given, prefix=0)
+
+
 def test_rows_with_all_mass_on_cls_count_as_uniform():
     attention = jnp.asarray(with_cls(np.eye(16), [1.0, 1.0] + 14 * [0.5]))
     far = attention_distance(attention, grid=(4, 4), patch=4, prefix=1)
@@ -148,7 +164,7 @@ def test_agrees_with_the_recorded_original(golden, recording):
     patch = int(record.get("patch_size", 8))
     maps = tuple(map(jnp.asarray, taps["attns"]))
     rows = jax.jit(metric.update)({"attention": maps}, jnp.ones(8))
-    got = np.moveaxis(rows["values"]["distance"], 1, 0) * patch / 8
+    got = np.stack([block["distance"] for block in rows["values"]]) * patch / 8
     np.testing.assert_allclose(got, record["attention_distance"], rtol=1e-5)
 
 
@@ -157,7 +173,7 @@ def test_series_are_per_block_and_head_with_what_was_left_out():
     maps = tuple(random_attention(i, 3, 2, 17, 17) for i in range(4))
     null = maps[3].at[:, 1, 1:3].set(jnp.eye(17)[0])
     rows = metric.update({"attention": (*maps[:3], null)}, jnp.ones(3))
-    far, cls, nulls = metric.compute(metric.to_state(rows))
+    far, given, cls, nulls = metric.compute(metric.to_state(rows))
     assert [(a.name, a.values) for a in far.axes] == [
         ("block", (1, 2, 3, 4)),
         ("head", (1, 2)),
@@ -168,9 +184,25 @@ def test_series_are_per_block_and_head_with_what_was_left_out():
     np.testing.assert_allclose(far.values[2, 1], want.mean(), rtol=1e-6)
     np.testing.assert_allclose(far.stderr[2, 1], want.std(ddof=1) / 3**0.5, rtol=1e-4)
     assert (far.name, far.unit, far.kind) == ("attention distance", "px", "depth")
+    assert (given.name, given.kind) == ("attention of CLS on patches", "depth")
+    assert given.axes == far.axes and given.unit == "per patch"
+    want = maps[1][:, 0, 0, 1:].mean(axis=1)
+    np.testing.assert_allclose(given.values[1, 0], want.mean(), rtol=1e-6)
+    np.testing.assert_allclose(given.stderr[1, 0], want.std(ddof=1) / 3**0.5, rtol=1e-4)
     np.testing.assert_allclose(cls.values[0, 0], maps[0][:, 0, 1:, 0].mean(), rtol=1e-6)
     np.testing.assert_array_equal(nulls.values, [[0, 0], [0, 0], [0, 0], [0, 2]])
     assert "uniform" in nulls.notes[0]
+
+
+def test_without_a_cls_token_its_attention_is_not_reported():
+    metric = load("metrics", "distance", grid=(4, 4), patch=4, prefix=0)
+    rows = metric.update({"attention": (random_attention(0, 3, 2, 16, 16),)}, [1] * 3)
+    names = [s.name for s in metric.compute(metric.to_state(rows))]
+    assert names == [
+        "attention distance",
+        "attention mass on CLS",
+        "null attention rows",
+    ]
 
 
 def test_a_wrong_grid_is_explained():

@@ -21,7 +21,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarni
 DEMO = f"--config={runs.ROOT}/configs/demo.py"
 FLAGS = {
     "train": ("--config", "--workdir"),
-    "analyze": ("--out", "--split", "--images", "--batch", "--metrics", "WORKDIR"),
+    "analyze": (
+        *("--out", "--split", "--images", "--skip", "--train_images", "--batch"),
+        *("--group", "--every", "--metrics", "WORKDIR"),
+    ),
+    "compare": ("--out", "A B ..."),
+    "merge": ("--out", "A B ..."),
     "demo": ("--out",),
 }
 
@@ -146,12 +151,12 @@ def test_the_huge_pages_restart_keeps_the_arguments(monkeypatch):
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     monkeypatch.setattr(sys, "argv", ["clvsmim", "train", "--workdir=a b"])
     monkeypatch.setattr(os, "execv", lambda *args: calls.append(args))
-    cli.use_huge_pages()
+    cli.tune_process()
     ((program, argv),) = calls
     assert program == sys.executable
     assert argv[0] == program
     assert argv[-4:] == ["-m", "clvsmim.cli", "train", "--workdir=a b"]
-    cli.use_huge_pages()
+    cli.tune_process()
     assert len(calls) == 1
     monkeypatch.delenv("GLIBC_TUNABLES")
 

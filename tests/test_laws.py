@@ -57,6 +57,8 @@ LAYERS = {
     "train": 4,
     "pictures": 4,
     "present": 4,
+    "measure": 4,
+    "claims": 4,
     "analyze": 4,
     "compare": 4,
     "merge": 4,
@@ -177,7 +179,7 @@ KEYWORDS = {
     "vit.make",  # Spec(**fields)
     "optim.optimizer",
     "schedules.schedule",
-    "metrics.mean_series",  # Series(**fields)
+    "metrics._contract.mean_series",  # Series(**fields)
     "objectives.moco_v3.split",  # {"name": subtree}
 }
 

@@ -91,7 +91,10 @@ def eval_batches(
     batch: int,
     process: int = 0,
     processes: int = 1,
+    start: int = 0,
+    skip: int = 0,
     limit: int | None = None,
+    copies: int = 1,
     threads: int = 1,
     prefetch: int = 2,
 ) -> grain.DatasetIterator:
@@ -100,7 +103,10 @@ def eval_batches(
     Args:
       source, view: what to read; a random view gets the same draws in every pass.
       batch, process, processes, threads, prefetch: as in `batches`.
-      limit: read only this many images, the first ones.
+      start: the batch to begin at; equal to skipping that many.
+      skip: leave out so many images, the first ones.
+      limit: read only this many images of the rest, the first ones.
+      copies: each image comes so many times in a row, with other draws each time.
 
     Returns:
       batches like those of `batches`, with one view and "weight" float32 (b,): 1 for
@@ -108,15 +114,19 @@ def eval_batches(
       same number of batches.
     """
     rows = _rows(batch, process, processes)
-    count = len(source) if limit is None else min(limit, len(source))
+    count = len(source) - skip
+    count = copies * (count if limit is None else min(limit, count))
     if count < 1:
         raise ValueError(
-            f"nothing to read from {source.name!r}: {len(source)} images, limit {limit}"
+            f"nothing to read from {source.name!r}: {len(source)} images, limit "
+            f"{limit}, {skip} left out"
         )
     padded = -(-count // batch) * batch
-    example = functools.partial(_eval_example, source=source, view=view, count=count)
+    example = functools.partial(
+        _eval_example, source=source, view=view, count=count, skip=skip, copies=copies
+    )
     data = grain.MapDataset.range(padded).map(example)
-    data = data.batch(rows)[process::processes]
+    data = data.batch(rows)[process::processes][start:]
     read = grain.ReadOptions(
         num_threads=threads, prefetch_buffer_size=max(threads, prefetch)
     )
@@ -137,10 +147,11 @@ def _train_example(
 
 
 def _eval_example(
-    position: int, *, source: Source, view: HostView, count: int
+    position: int, *, source: Source, view: HostView, count: int, skip: int, copies: int
 ) -> Example:
-    item = source[min(position, count - 1)]
-    crop = view(to_image(item["image"]), generator(0, item["index"], view.name))
+    image, copy = divmod(min(position, count - 1), copies)
+    item = source[skip + image]
+    crop = view(to_image(item["image"]), generator(copy, item["index"], view.name))
     weight = np.float32(position < count)
     return _example(item, [crop]) | {"weight": weight}
 

@@ -2,10 +2,8 @@
 
 Prefix tokens (CLS, registers) are dropped as queries and as keys, and each row is
 scaled back to sum 1. `cls_mass` says how much that hides, `null_rows` how many rows it
-leaves with nothing.
+leaves with nothing, `cls_attention` what the CLS token itself gives to patches.
 """
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +11,17 @@ import numpy as np
 
 from clvsmim.metrics import (
     Axis,
-    Features,
     Metric,
     Series,
     State,
     check_tokens,
     mean_series,
-    over_blocks,
+    of_each_map,
 )
 
 __all__ = [
     "attention_distance",
+    "cls_attention",
     "cls_mass",
     "grid_distances",
     "null_rows",
@@ -33,6 +31,7 @@ __all__ = [
 # Below this a row has no patch attention left. It is far from float32's subnormal
 # numbers, so dividing by a mass above it is safe.
 NULL_MASS = 1e-32
+HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def grid_distances(grid: tuple[int, int], patch: int) -> np.ndarray:
@@ -53,15 +52,17 @@ def patch_attention(
     A row with all its mass on the prefix becomes uniform. `eps` is added to every entry
     before the rows are scaled.
     """
-    inner = _inner(attention, prefix) + eps  # (N, N)
-    mass = inner.sum(axis=1, keepdims=True)  # (N, 1)
+    mass = _mass(attention, prefix)  # (N,)
+    n = len(mass)
+    mass = (mass + n * eps)[:, None]
     null = mass < NULL_MASS
-    return jnp.where(null, 1 / len(inner), inner / jnp.where(null, 1.0, mass))
+    inner = attention.astype(jnp.float32)[prefix:, prefix:] + eps  # (T, T) -> (N, N)
+    return jnp.where(null, 1 / n, inner / jnp.where(null, 1.0, mass))
 
 
 def null_rows(attention: jax.Array, *, prefix: int) -> jax.Array:
     """How many patch queries attend to no patch at all: (T, T) -> scalar float32."""
-    return jnp.sum(_inner(attention, prefix).sum(axis=1) < NULL_MASS, dtype=jnp.float32)
+    return jnp.sum(_mass(attention, prefix) < NULL_MASS, dtype=jnp.float32)
 
 
 def cls_mass(attention: jax.Array, *, prefix: int) -> jax.Array:
@@ -70,6 +71,20 @@ def cls_mass(attention: jax.Array, *, prefix: int) -> jax.Array:
     With a CLS token alone this is the mass on CLS; registers are counted with it.
     """
     return attention.astype(jnp.float32)[prefix:, :prefix].sum(axis=1).mean()
+
+
+def cls_attention(attention: jax.Array, *, prefix: int) -> jax.Array:
+    """Attention from CLS to a patch, mean over patches: (T, T) -> scalar in [0, 1 / N].
+
+    The reverse of `cls_mass`; times the number of patches N, it is the share of its
+    attention that CLS gives to patches rather than to itself and to registers.
+
+    Raises:
+      ValueError: there is no CLS token.
+    """
+    if prefix < 1:
+        raise ValueError(f"got prefix {prefix}, expected at least 1: CLS comes first")
+    return attention.astype(jnp.float32)[0, prefix:].mean()
 
 
 def attention_distance(
@@ -94,34 +109,41 @@ def attention_distance(
     """
     check_tokens(len(attention), grid, prefix)
     inner = patch_attention(attention, prefix=prefix)  # (N, N)
-    # A fused multiply and reduce rather than a dot: it reads the map once, in float32.
-    return jnp.sum(inner * grid_distances(grid, patch), axis=1).mean()
+    far = grid_distances(grid, patch)  # (N, N)
+    # One product of long vectors: on a CPU four times faster than multiply and add.
+    total = jnp.dot(inner.reshape(-1), far.reshape(-1), precision=HIGHEST)
+    return total / len(inner)
 
 
 def make(*, grid: tuple[int, int], patch: int, prefix: int) -> Metric:
     """Attention distance per block and head, and the mass and rows left out of it."""
 
-    def kernel(attention: jax.Array) -> dict[str, jax.Array]:
+    def head(attention: jax.Array) -> dict[str, jax.Array]:
         far = attention_distance(attention, grid=grid, patch=patch, prefix=prefix)
-        return {"distance": far, **left_out(attention, prefix)}
-
-    def update(features: Features, weights: jax.Array) -> dict[str, Any]:
-        values = over_blocks(kernel, features["attention"], 2)  # each (B, L, H)
-        return {"weight": weights, "values": values}
+        cls = {"cls": cls_attention(attention, prefix=prefix)} if prefix else {}
+        return {"distance": far, **cls, **left_out(attention, prefix)}
 
     def compute(state: State) -> list[Series]:
-        series = mean_series(
-            state,
-            "distance",
-            name="attention distance",
-            axes=blocks_and_heads(state["sum"]["distance"]),
-            kind="depth",
-            unit="px",
-            source="Fig. 3",
-        )
-        return [series, *left_out_series(state)]
+        axes = blocks_and_heads(state["sum"]["distance"])
+        series = [
+            mean_series(
+                state,
+                key,
+                name=name,
+                axes=axes,
+                kind="depth",
+                unit=unit,
+                source=source,
+            )
+            for key, name, unit, source in (
+                ("distance", "attention distance", "px", "Fig. 3"),
+                ("cls", "attention of CLS on patches", "per patch", ""),
+            )
+            if key in state["sum"]  # without a CLS token there is no "cls"
+        ]
+        return [*series, *left_out_series(state)]
 
-    return Metric(needs=("attention",), update=update, compute=compute)
+    return of_each_map(jax.vmap(head), compute)
 
 
 def left_out(attention: jax.Array, prefix: int) -> dict[str, jax.Array]:
@@ -165,5 +187,12 @@ def blocks_and_heads(like: np.ndarray) -> tuple[Axis, Axis]:
     return Axis("block", (*range(1, depth + 1),)), Axis("head", (*range(1, heads + 1),))
 
 
-def _inner(attention: jax.Array, prefix: int) -> jax.Array:
-    return attention.astype(jnp.float32)[prefix:, prefix:]  # (T, T) -> (N, N)
+def _mass(attention: jax.Array, prefix: int) -> jax.Array:
+    """Attention of each patch query on patches: (T, T) -> (N,).
+
+    As a product with zeros and ones: slicing the map first would copy it.
+    """
+    on_patches = np.ones(len(attention), np.float32)
+    on_patches[:prefix] = 0
+    attention = attention.astype(jnp.float32)
+    return jnp.matmul(attention, on_patches, precision=HIGHEST)[prefix:]

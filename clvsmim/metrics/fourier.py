@@ -8,6 +8,7 @@ the mean, the curve falls when detail goes, but also when a constant is added: h
 absolute log amplitude is reported with it.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from clvsmim.metrics import (
     check_tokens,
     mean_series,
     over_blocks,
+    over_images,
     taps,
 )
 
@@ -105,7 +107,8 @@ def make(*, grid: tuple[int, int], prefix: int) -> Metric:
         return {"log": log, "delta": log - log[:1]}
 
     def update(features: Features, weights: jax.Array) -> dict[str, Any]:
-        values = over_blocks(kernel, features["residual"], 1)  # each (B, 2L+1, F)
+        few = functools.partial(over_images, jax.vmap(kernel))
+        values = over_blocks(few, features["residual"], 0)  # each (B, 2L+1, F)
         return {"weight": weights, "values": values}
 
     def compute(state: State) -> list[Series]:

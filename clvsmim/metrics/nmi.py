@@ -6,14 +6,14 @@ attention and a single key for all queries both give 0; so is the row entropy, a
 of entropy collapse (Zhai et al. 2023).
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import entr
 
-from clvsmim.metrics import Features, Metric, Series, State, mean_series, over_blocks
+from clvsmim.metrics import Metric, Series, State, mean_series, of_each_map
 from clvsmim.metrics.distance import (
     blocks_and_heads,
     left_out,
@@ -79,13 +79,9 @@ def attention_nmi(
 def make(*, prefix: int, compat_eps: float = 0.0) -> Metric:
     """NMI per block and head (the mean of each image's own), with its parts."""
 
-    def kernel(attention: jax.Array) -> dict[str, jax.Array]:
+    def head(attention: jax.Array) -> dict[str, jax.Array]:
         parts = attention_information(attention, prefix=prefix, compat_eps=compat_eps)
         return {**parts._asdict(), **left_out(attention, prefix)}
-
-    def update(features: Features, weights: jax.Array) -> dict[str, Any]:
-        values = over_blocks(kernel, features["attention"], 2)  # each (B, L, H)
-        return {"weight": weights, "values": values}
 
     def compute(state: State) -> list[Series]:
         axes = blocks_and_heads(state["sum"]["nmi"])
@@ -110,4 +106,4 @@ def make(*, prefix: int, compat_eps: float = 0.0) -> Metric:
         ]
         return [*series, *left_out_series(state)]
 
-    return Metric(needs=("attention",), update=update, compute=compute)
+    return of_each_map(jax.vmap(head), compute)

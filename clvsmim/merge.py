@@ -1,0 +1,73 @@
+"""Add analyses of one encoder on different images, as if measured together.
+
+    clvsmim analyze runs/simmim --images=5000 --out=a
+    clvsmim analyze runs/simmim --images=5000 --skip=5000 --out=b
+    clvsmim merge a b --out=both
+
+Refuses, with the reason, what does not belong together: other weights, data, settings
+or versions, or images that are in both.
+"""
+
+from collections.abc import Sequence
+
+from absl import flags
+from etils import epath
+
+from clvsmim import analysis, cli, meta
+
+
+def main(argv: Sequence[str]) -> None:
+    values, rest = cli.parse(__doc__, argv, _flags, positional="A B ...")
+    if len(rest) < 2:
+        raise ValueError(f"expected two or more analyses to merge, got {len(rest)}")
+    if not values.out:
+        raise ValueError("--out is missing: the folder for the merged analysis")
+    merge(rest, values.out)
+    from clvsmim import present  # matplotlib is slow to import
+
+    print(present.one(values.out))
+
+
+def _flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("out", "", "folder for the result", flag_values=values)
+
+
+def merge(folders: Sequence[str], out: str) -> None:
+    """Write the analysis of the images of all `folders` to `out`.
+
+    Pictures are those of the first: they show single images.
+
+    Raises:
+      ValueError: a folder holds no analysis, or the analyses do not belong together.
+    """
+    first = analysis.find(folders[0])
+    whole, _ = analysis.load(f"{first}/state.npz")
+    stamp = whole.stamp
+    facts = stamp["facts"] | {"grid": tuple(stamp["facts"]["grid"])}
+    metrics = analysis.make_metrics(stamp["metrics"], facts)
+    for folder in folders[1:]:
+        other, _ = analysis.load(f"{analysis.find(folder)}/state.npz")
+        try:
+            whole = analysis.merge(metrics, whole, other)
+        except ValueError as error:
+            raise ValueError(f"{folders[0]} and {folder}: {error}") from error
+    meta.check_writable(out, "--out")
+    series = analysis.series(metrics, whole.states)
+    found = analysis.read_series(first)
+    about = {k: found[k] for k in ("config", "workdir", "step")}
+    pictures = epath.Path(first) / "pictures.npz"
+    if pictures.exists():
+        analysis.write_whole(f"{out}/pictures.npz", pictures.read_bytes())
+    known = {s.name for s in series}  # not sums: what was measured on single images
+    series += [s for s in found["series"] if s.name not in known]
+    analysis.save(f"{out}/state.npz", whole)
+    count = len(whole.ids["test"])
+    # Not the first so many images: no later measurement is taken for this one.
+    asked = {"stamp": stamp, "images": count, "skip": None}
+    analysis.write_series(out, series, **asked, **about)
+
+
+if __name__ == "__main__":
+    import sys
+
+    cli.run(sys.modules["__main__"])

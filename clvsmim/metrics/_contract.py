@@ -1,0 +1,358 @@
+"""What a metric is and what it returns; see the docstring of the package."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clvsmim import plugin
+from clvsmim.metrics._states import State, add, moments
+
+Features = dict[str, Any]  # of tuples of arrays, or of arrays
+
+FEATURES = ("residual", "attention", "head_outputs", "output", "label", "index")
+PARTS = ("test", "train", "views")
+KINDS = ("depth", "curve", "matrix")
+CACHE = 2**21  # bytes of features that a CPU works on at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """One axis of a Series: its name and one value per entry.
+
+    Values are numbers, strings, or, where the axis walks through the residual stream,
+    pairs (block, site) as made by `taps`; "depth" is never a bare number for those.
+    """
+
+    name: str
+    values: tuple
+
+    @property
+    def positions(self) -> np.ndarray:
+        """Where to draw the entries: (n,) float64. Block l's mlp is at l, its attn
+        half a step before, the embedding at 0; strings are numbered from 0."""
+        return np.array([_position(i, v) for i, v in enumerate(self.values)], float)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """One short string per entry, such as `embed` or `3 attn`."""
+        return tuple(map(_label, self.values))
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Series:
+    """A result to draw or save; the report knows nothing more about any metric.
+
+    Attributes:
+      name: the field's usual term for the quantity.
+      axes: one Axis per dimension of `values`.
+      values: float64; NaN only where no image was left to average.
+      stderr: standard error of the mean over images, same shape, or None if unknown.
+      kind: "depth", a line over the first axis, where a second axis (heads) is drawn as
+        dots and the line is their mean; "curve", lines over the last axis, one per
+        entry of the first; "matrix", an image of the last two axes.
+      unit: "px", "nats", or "" for a pure number.
+      source: the figure of the paper that shows it, or "".
+      count: number of images averaged.
+      notes: sentences a reader must see beside the numbers.
+    """
+
+    name: str
+    axes: tuple[Axis, ...]
+    values: np.ndarray
+    stderr: np.ndarray | None
+    kind: str
+    unit: str
+    source: str
+    count: int
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(plugin.unknown("kind of series", self.kind, KINDS))
+        want = tuple(len(a.values) for a in self.axes)
+        for field in ("values", "stderr"):
+            got = getattr(self, field)
+            if got is None and field == "stderr":
+                continue
+            got = np.asarray(got, np.float64)
+            if got.shape != want:
+                raise ValueError(
+                    f"{field} of series {self.name!r} has shape {got.shape}, but its "
+                    f"axes {[a.name for a in self.axes]} have lengths {want}; "
+                    "give one axis per dimension, with one value per entry"
+                )
+            object.__setattr__(self, field, got)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists, strings and numbers; floats are exact, a NaN becomes None."""
+        plain = dataclasses.asdict(self)
+        for field in ("values", "stderr"):
+            plain[field] = _to_list(plain[field])
+        return plain
+
+    @classmethod
+    def from_json(cls, plain: dict[str, Any]) -> "Series":
+        """The inverse of `to_json`, also after a round trip through JSON text."""
+        axes = tuple(Axis(a["name"], _tuples(a["values"])) for a in plain["axes"])
+        return cls(**{**plain, "axes": axes, "notes": tuple(plain["notes"])})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Metric:
+    """A quantity measured on an encoder, as four pure functions.
+
+    Attributes:
+      needs: the features read, from `FEATURES`; only those are computed.
+      update: (features, weights (B,)) -> rows; traced inside the one jitted forward.
+        A weight is 1 for an image and 0 for padding, which may hold anything.
+      compute: (state, ...) -> list of Series, one state per part; on the host.
+      to_state: rows of this process's images, as numpy -> state; by default `moments`.
+      merge: (state, state) -> state, associative and commutative; by default `add`.
+      fit_state, fit_merge: the same two for the part "train", where they differ.
+      parts: the sets of images read, from `PARTS`; `compute` takes a state for each.
+      limit: read only so many images of each part, the first; None for all.
+      group: so many consecutive images must be in one batch; the rows of such a metric
+        are one per group, and a batch is a whole number of groups.
+      perturbs: what the metric needs changed about the forward pass, if anything.
+      each: the kernel of a metric `of_each_map`, to compute several such in one loop.
+    """
+
+    needs: tuple[str, ...]
+    update: Callable[[Features, jax.Array], Any]
+    compute: Callable[..., list[Series]]
+    to_state: Callable[[Any], State] = moments
+    merge: Callable[[State, State], State] = add
+    fit_state: Callable[[Any], State] | None = None
+    fit_merge: Callable[[State, State], State] | None = None
+    parts: tuple[str, ...] = ("test",)
+    limit: int | None = None
+    group: int = 1
+    perturbs: tuple = ()
+    each: Callable[[jax.Array], Any] | None = None
+
+    def __post_init__(self):
+        for name in self.needs:
+            if name not in FEATURES:
+                raise ValueError(plugin.unknown("feature", name, FEATURES))
+        for name in self.parts:
+            if name not in PARTS:
+                raise ValueError(plugin.unknown("part", name, PARTS))
+
+    def summing(self, part: str) -> Callable[[Any], State]:
+        """`to_state`, or `fit_state` for the images that a metric learns from."""
+        return (part == "train" and self.fit_state) or self.to_state
+
+    def merging(self, part: str) -> Callable[[State, State], State]:
+        """`merge`, or `fit_merge` for the images that a metric learns from."""
+        return (part == "train" and self.fit_merge) or self.merge
+
+
+def taps(depth: int) -> tuple[tuple[int, str], ...]:
+    """(block, site) of each of the 2 * depth + 1 "residual" features, in order.
+
+    Blocks count from 1; the embedding is (0, "embed").
+    """
+    blocks = range(1, depth + 1)
+    return ((0, "embed"), *((b, site) for b in blocks for site in ("attn", "mlp")))
+
+
+def check_tokens(tokens: int, grid: tuple[int, int], prefix: int) -> None:
+    """Raise ValueError unless `tokens` = prefix + rows * columns."""
+    rows, columns = grid
+    want = prefix + rows * columns
+    if tokens != want:
+        raise ValueError(
+            f"got {tokens} tokens, expected {want} = prefix {prefix} + grid {rows} x "
+            f"{columns}; give the grid in patches (image side / patch) and the number "
+            "of tokens before them (CLS, registers)"
+        )
+
+
+def over_blocks(kernel: Callable, maps: tuple[Any, ...], batch_axes: int) -> Any:
+    """`kernel` on each example of each array: leaves (B, len(maps), ..., kernel's own).
+
+    `batch_axes` leading axes of every array are mapped over: 1 for (B, T, D), 2 for
+    (B, H, T, T). Only the kernel's small results are stacked.
+    """
+    for _ in range(batch_axes):
+        kernel = jax.vmap(kernel)
+    return jax.tree.map(lambda *x: jnp.stack(x, axis=1), *map(kernel, maps))
+
+
+def of_each_map(
+    kernel: Callable[[jax.Array], dict[str, jax.Array]],
+    compute: Callable[[State], list[Series]],
+) -> Metric:
+    """A metric of the attention of one block and image: (H, T, T) -> values.
+
+    Its rows are {"weight", "values": a tuple over blocks}.
+    """
+
+    def to_state(rows: dict[str, Any]) -> State:
+        values = jax.tree.map(lambda *x: np.stack(x, axis=1), *rows["values"])
+        return moments({**rows, "values": values})  # each (B, L, ...)
+
+    return Metric(
+        needs=("attention",),
+        update=lambda features, weights: {
+            "weight": weights,
+            "values": over_maps({"": kernel}, features)[""],
+        },
+        compute=compute,
+        to_state=to_state,
+        each=kernel,
+    )
+
+
+def over_maps(
+    kernels: dict[str, Callable], features: Features
+) -> dict[str, tuple[Any, ...]]:
+    """The kernels of several metrics `of_each_map`, in one reading of the attention.
+
+    Returns:
+      {name: a tuple over blocks of values (B, ...)}.
+    """
+
+    def all_kernels(attention: jax.Array) -> dict[str, Any]:
+        return {name: kernel(attention) for name, kernel in kernels.items()}
+
+    blocks = [
+        over_images(jax.vmap(all_kernels), maps) for maps in features["attention"]
+    ]
+    return {name: tuple(block[name] for block in blocks) for name in kernels}
+
+
+def over_images(function: Callable, x: Any) -> Any:
+    """`function(x)`; x and the result are trees of arrays with the images in front.
+
+    On a CPU a few images at a time: what is computed on the way then stays in a cache
+    and is never there for all images, which takes less time and far less memory.
+    """
+
+    def few_by_few(x: Any) -> Any:
+        leaves = jax.tree.leaves(x)
+        images, size = len(leaves[0]), sum(leaf.nbytes for leaf in leaves)
+        ways = _devices() if images % _devices() == 0 else 1
+        each = images // ways  # of a device; none reads another one's
+        most = max(1, CACHE * images // size)
+        step = next(n for n in range(min(each, most), 0, -1) if each % n == 0)
+        if ways == 1:
+
+            def few(start: jax.Array) -> Any:
+                return function(
+                    jax.tree.map(
+                        lambda a: jax.lax.dynamic_slice_in_dim(a, start, step), x
+                    )
+                )
+
+            rows = jax.lax.map(few, step * jnp.arange(each // step))
+            return _reshape(rows, 2, (images,))
+        split = _reshape(x, 1, (ways, each // step, step))
+        split = jax.tree.map(lambda a: a.swapaxes(0, 1), split)
+        rows = jax.lax.map(jax.vmap(function), split)  # (each / step, ways, step, ...)
+        return _reshape(jax.tree.map(lambda a: a.swapaxes(0, 1), rows), 3, (images,))
+
+    return jax.lax.platform_dependent(x, cpu=few_by_few, default=function)
+
+
+def _reshape(x: Any, axes: int, shape: tuple[int, ...]) -> Any:
+    """Give the first `axes` axes of all leaves another shape."""
+    return jax.tree.map(lambda a: a.reshape(*shape, *a.shape[axes:]), x)
+
+
+def _devices() -> int:
+    """Of the mesh in use, over which images are split; 1 without a mesh."""
+    return max(jax.sharding.get_abstract_mesh().size, 1)
+
+
+def shared(features: Features, name: str, derive: Callable[[Features], Any]) -> Any:
+    """`derive(features)`, which several metrics need, computed once in a forward.
+
+    It is remembered in `features`, under a name that says all it depends on. Without
+    the barrier the compiler would weave it into each use and compute it every time.
+    """
+    if name not in features:
+        features[name] = jax.lax.optimization_barrier(derive(features))
+    return features[name]
+
+
+def image_features(
+    residual: tuple[jax.Array, ...], *, prefix: int, pool: str = "patches"
+) -> jax.Array:
+    """One vector per image and block: 2L+1 arrays (B, T, D) -> (B, L+1, D) float32.
+
+    The first is of the embedding, then follow the outputs of the blocks. `pool` is
+    "patches", the mean over patch tokens, or "cls", the first token.
+    """
+
+    def one(x: jax.Array) -> jax.Array:  # (B, T, D) -> (B, D)
+        x = x.astype(jnp.float32)
+        return x[:, 0] if pool == "cls" else x[:, prefix:].mean(axis=1)
+
+    return jnp.stack([one(x) for x in residual[::2]], axis=1)
+
+
+def group_weights(weights: jax.Array, group: int) -> jax.Array:
+    """(B,) weights of images -> (B / group,): 1 for a group of real images only."""
+    return weights.reshape(-1, group).min(axis=1)
+
+
+def block_axis(count: int) -> Axis:
+    """The embedding and the outputs of `count - 1` blocks, as a depth axis."""
+    return Axis("depth", taps(count - 1)[::2])
+
+
+def mean_series(
+    state: State, key: str, *, axes: tuple[Axis, ...], at: Any = ..., **fields: Any
+) -> Series:
+    """The mean over images of `key`, with its standard error, from a `moments` state.
+
+    `at` selects entries of the mean (any numpy index); `axes` describe what is left.
+    `fields` are the other fields of Series. With one image the error is None; with
+    none, the values are NaN and the notes say so.
+    """
+    n, lost = float(state["count"]), float(state["nonfinite"])
+    total, square = (np.asarray(state[k][key])[at] for k in ("sum", "square"))
+    values = total / n if n else np.full(np.shape(total), np.nan)
+    stderr = None
+    if n > 1:
+        spread = np.maximum(square - n * np.square(values), 0.0)
+        stderr = np.sqrt(spread / (n - 1) / n)
+    notes = tuple(fields.pop("notes", ()))
+    if lost:
+        notes += (f"{lost:.0f} of {n + lost:.0f} images left out: not finite",)
+    if not n:
+        notes += ("no image to average",)
+    return Series(
+        axes=axes, values=values, stderr=stderr, count=int(n), notes=notes, **fields
+    )
+
+
+def _position(index: int, value: Any) -> float:
+    if isinstance(value, tuple):
+        block, site = value
+        return block - 0.5 if site == "attn" else block
+    return index if isinstance(value, str) else value
+
+
+def _label(value: Any) -> str:
+    if isinstance(value, tuple):
+        block, site = value
+        return f"{block} {site}" if block else site
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _to_list(x: np.ndarray | None) -> Any:
+    """Nested lists with None for what JSON cannot write."""
+    if x is None:
+        return None
+    return np.where(np.isfinite(x), x.astype(object), None).tolist()
+
+
+def _tuples(x: Any) -> Any:
+    """Lists, which is what JSON makes of tuples, back to tuples."""
+    return tuple(map(_tuples, x)) if isinstance(x, list | tuple) else x

@@ -1,0 +1,104 @@
+"""Over-smoothing: how alike the patch tokens of one image are at each tap.
+
+The mean cosine between two different tokens is 1 once they all point the same way. The
+common part of a token map often makes it large early, so it is reported a second time
+for tokens with their mean taken out. Those of equal length have -1 / (N - 1) whatever
+their directions; it rises where a few tokens are very long.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from clvsmim.metrics import (
+    Axis,
+    Features,
+    Metric,
+    Series,
+    State,
+    mean_series,
+    over_blocks,
+    taps,
+)
+
+__all__ = ["token_cosine"]
+
+
+def token_cosine(tokens: jax.Array, *, prefix: int, centred: bool = False) -> jax.Array:
+    """Cosine between two different patch tokens, mean over all pairs.
+
+    Args:
+      tokens: (T, D) of one image at one tap.
+      prefix: number of tokens before the patches, dropped.
+      centred: take the mean over patches out first.
+
+    Returns:
+      Scalar float32 from -1 / (N - 1) to 1. A token of zeros has cosine 0 with every
+      other one, so a constant map is 1, and 0 if centred.
+
+    Raises:
+      ValueError: there are fewer than 2 patches, and so no pair.
+    """
+    check_patches(len(tokens), prefix, least=2)
+    x = tokens.astype(jnp.float32)[prefix:]  # (T, D) -> (N, D)
+    x = centre(x) if centred else x
+    square = jnp.square(x).sum(axis=1)  # (N,)
+    zero = square == 0
+    weight = jnp.where(zero, 0.0, jax.lax.rsqrt(jnp.where(zero, 1.0, square)))
+    common = jnp.matmul(weight, x, precision=jax.lax.Precision.HIGHEST)  # (D,)
+    # The squared length of the sum of directions: all pairs, and each with itself.
+    pairs = jnp.square(common).sum() - jnp.sum(~zero)
+    return pairs / (len(x) * (len(x) - 1))
+
+
+def make(*, prefix: int) -> Metric:
+    """Both cosines at every tap."""
+
+    def kernel(tokens: jax.Array) -> dict[str, jax.Array]:
+        return {
+            "cosine": token_cosine(tokens, prefix=prefix),
+            "centred": token_cosine(tokens, prefix=prefix, centred=True),
+        }
+
+    def update(features: Features, weights: jax.Array) -> dict[str, Any]:
+        values = over_blocks(kernel, features["residual"], 1)  # each (B, 2L+1)
+        return {"weight": weights, "values": values}
+
+    def compute(state: State) -> list[Series]:
+        return [
+            mean_series(
+                state,
+                key,
+                name=name,
+                axes=(Axis("depth", taps(len(state["sum"][key]) // 2)),),
+                kind="depth",
+                unit="",
+                source="",
+            )
+            for key, name in (
+                ("cosine", "cosine between tokens"),
+                ("centred", "cosine between centred tokens"),
+            )
+        ]
+
+    return Metric(needs=("residual",), update=update, compute=compute)
+
+
+def check_patches(tokens: int, prefix: int, *, least: int) -> None:
+    """Raise ValueError unless `least` of the tokens come after the prefix."""
+    if tokens - prefix < least:
+        raise ValueError(
+            f"got {tokens} tokens with a prefix of {prefix}, expected at least {least} "
+            "after the prefix; use smaller patches or a larger image"
+        )
+
+
+def centre(x: jax.Array) -> jax.Array:
+    """(N, D) minus its mean over N.
+
+    The first row goes before the mean does: what is left is then as exact as the input
+    however large the mean, and exactly 0 where all rows are equal.
+    """
+    x = x - x[:1]
+    return x - x.mean(axis=0, keepdims=True)
