@@ -30,7 +30,14 @@ CORE = [
     "tqdm",
 ]
 
-TEST = ["hypothesis", "pytest>=8.0", "pytest-xdist"]
+TEST = [
+    "hypothesis",
+    "ipykernel",  # with nbclient and nbformat: the notebooks are run
+    "nbclient",
+    "nbformat",
+    "pytest>=8.0",
+    "pytest-xdist",
+]
 
 EXTRAS = {
     "tpu": ["jax[tpu]", "etils[epath-gcs]"],  # gs:// paths

@@ -154,7 +154,9 @@ class Total:
 
     def fold(self) -> Any:
         """The merge of all, which then counts as one part, whatever its size."""
-        state = functools.reduce(self.merge, (state for _, state in self.parts))
+        *earlier, (_, state) = self.parts
+        for _, before in reversed(earlier):  # small ones first
+            state = self.merge(before, state)
         self.parts = [(math.inf, state)]
         return state
 
@@ -297,11 +299,11 @@ def merge(metrics: dict[str, Metric], a: Analysis, b: Analysis) -> Analysis:
     return merged
 
 
-def save(path: str, analysis: Analysis, **more: Any) -> None:
+def save(path: str, analysis: Analysis, more: dict[str, Any] | None = None) -> None:
     """Write an analysis, and `more` that is plain; floats survive exactly."""
     arrays = {f"states/{k}": v for k, v in tree.named(analysis.states).items()}
     arrays |= {f"ids/{part}": ids for part, ids in analysis.ids.items()}
-    plain = json.dumps({"stamp": analysis.stamp, **more}, sort_keys=True)
+    plain = json.dumps({"stamp": analysis.stamp, **(more or {})}, sort_keys=True)
     save_arrays(path, {"plain": np.array(plain), **arrays})
 
 
@@ -337,9 +339,9 @@ def find(folder: str) -> str:
     )
 
 
-def write_series(out: str, found: Sequence[Series], **more: Any) -> None:
-    """Write series.json: what was measured, and `more` that is plain."""
-    plain = {**more, "series": [s.to_json() for s in found]}
+def write_series(out: str, found: Sequence[Series], about: dict[str, Any]) -> None:
+    """Write series.json: what was measured, and plain facts about it."""
+    plain = {**about, "series": [s.to_json() for s in found]}
     text = json.dumps(plain, indent=1, allow_nan=False)
     write_whole(f"{out}/series.json", text.encode())
 

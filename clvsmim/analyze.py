@@ -141,7 +141,7 @@ def analyze(workdir: str, out: str, settings: Settings) -> list[Series]:
         series += save_pictures(run, parts["test"], f"{out}/pictures.npz")
         analysis.save(f"{out}/state.npz", whole)
         about = {"config": run.config, "workdir": str(workdir), "step": run.step}
-        analysis.write_series(out, series, **asked, **about)
+        analysis.write_series(out, series, asked | about)
     return series
 
 

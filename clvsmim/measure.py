@@ -231,7 +231,8 @@ class Progress:
         sync("the save before is written")
         self.saves += 1
         at = {"part": part, "batches": batches, "saves": self.saves}
-        analysis.save(self.paths[self.saves % 2], found, plan=self.plan, at=at)
+        more = {"plan": self.plan, "at": at}
+        analysis.save(self.paths[self.saves % 2], found, more)
 
     def resume(self) -> tuple[Analysis, str, Done | None]:
         """The analysis so far, the part to go on with ("": the first), and how far."""

@@ -64,7 +64,7 @@ def merge(folders: Sequence[str], out: str) -> None:
     count = len(whole.ids["test"])
     # Not the first so many images: no later measurement is taken for this one.
     asked = {"stamp": stamp, "images": count, "skip": None}
-    analysis.write_series(out, series, **asked, **about)
+    analysis.write_series(out, series, asked | about)
 
 
 if __name__ == "__main__":

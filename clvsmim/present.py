@@ -237,9 +237,12 @@ SECTIONS = (
         (
             "normalized mutual information",
             "attention entropy",
+            "mutual information",
+            "key entropy",
             "deviation over queries",
             "cosine between heads",
             "attention mass on CLS",
+            "null attention rows",
             "attention of CLS on patches",
             "attention rollout of CLS",
         ),
@@ -269,6 +272,8 @@ SECTIONS = (
             "image-level log singular value, mean over ranks",
             "token-level log singular values",
             "image-level log singular values",
+            "CLS-level log singular value, mean over ranks",
+            "CLS-level log singular values",
         ),
     ),
     Section(
@@ -283,6 +288,7 @@ SECTIONS = (
             "stable rank",
             "numerical rank",
             "alpha-ReQ",
+            "alpha-ReQ, R squared",
             "LiDAR",
             "std of normalised features",
         ),
@@ -296,6 +302,8 @@ SECTIONS = (
             "translation share of attention updates",
             "translation share of MLP updates",
             "relative displacement",
+            "displacement",
+            "per-channel RMS displacement",
             "share of attention in displacement",
             "cosine of update and stream",
             "cosine between tokens",
@@ -311,7 +319,9 @@ SECTIONS = (
         (
             "delta log amplitude at the highest frequency",
             "delta log amplitude",
+            "log amplitude",
             "radial log amplitude",
+            "radial log amplitude, absolute",
             "log amplitude spectrum",
         ),
     ),
@@ -320,6 +330,11 @@ SECTIONS = (
         "A ridge regression on the mean patch token of each block names the class of "
         "held-out images. The paper (Fig. 10) finds contrastive learning best at its "
         "last block, masked image modelling in the middle.",
-        ("ridge probe accuracy", "k-NN accuracy", "k-NN accuracy, top 5"),
+        (
+            "ridge probe accuracy",
+            "ridge probe alpha",
+            "k-NN accuracy",
+            "k-NN accuracy, top 5",
+        ),
     ),
 )

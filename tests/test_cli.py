@@ -25,8 +25,8 @@ FLAGS = {
         *("--out", "--split", "--images", "--skip", "--train_images", "--batch"),
         *("--group", "--every", "--metrics", "WORKDIR"),
     ),
-    "compare": ("--out", "A B ..."),
-    "merge": ("--out", "A B ..."),
+    "compare": ("--out", "runs/moco_v3 runs/simmim"),
+    "merge": ("--out", "a b"),
     "demo": ("--out",),
 }
 
@@ -403,7 +403,8 @@ def test_a_corrupt_image_is_named_across_threads_and_processes(
 
 def test_a_corrupt_image_is_named_when_an_analysis_meets_it(clvsmim, corrupt, trained):
     before = runs.snapshot(trained)
-    status, out, err = clvsmim("analyze", trained, "--images=16", "--batch=8")
+    few = ("--images=16", "--batch=8", "--group=4")
+    status, out, err = clvsmim("analyze", trained, *few)
     line = the_line("analyze", status, out, err)
     assert line.startswith(f"cannot read the image {corrupt}: ")
     assert runs.snapshot(trained) == before | {trained / "analysis": None}
@@ -415,6 +416,9 @@ ANALYSES = {
     "split": (["--split=tets"], ["unknown split 'tets'", "train, test"]),
     "no images": (["--images=0"], ["images", "positive"]),
     "no batch": (["--batch=0"], ["batch", "positive"]),
+    "mini-batch": (["--group=3"], ["group", "4"]),
+    "too few": (["--images=9"], ["9 images", "mini-batch of CKA, 64", "--group"]),
+    "learning": (["--split=train"], ["probe, knn", "another split"]),
     "number": (["--images=few"], ["images", "few"]),
     "flag": (["--image=3"], ["Unknown command line flag 'image'", "images"]),
 }
@@ -447,7 +451,7 @@ def test_an_analysis_of_what_is_no_run(refused, trained, tmp_path):
 def test_an_analysis_that_cannot_be_written(refused, trained, tmp_path):
     file = tmp_path / "file"
     file.write_text("mine")
-    line = refused("analyze", trained, f"--out={file}/below", "--images=8")
+    line = refused("analyze", trained, f"--out={file}/below", "--images=8", "--group=4")
     assert f"out {file}/below cannot be written" in line
     assert "choose another --out" in line
     assert file.read_text() == "mine"

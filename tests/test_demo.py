@@ -16,7 +16,8 @@ def small():
     one = jax.devices()[:1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", lambda *_: one)
-        patch.setattr(demo, "IMAGES", 32)
+        few = {"images": 32, "train_images": 32, "group": 8}
+        patch.setattr(demo, "SETTINGS", demo.SETTINGS._replace(**few))
         patch.setattr(demo, "floor", lambda: "the floor of the data")
         yield
 

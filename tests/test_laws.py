@@ -180,6 +180,7 @@ KEYWORDS = {
     "optim.optimizer",
     "schedules.schedule",
     "metrics._contract.mean_series",  # Series(**fields)
+    "metrics.rank.image_series",  # the same
     "objectives.moco_v3.split",  # {"name": subtree}
 }
 

@@ -32,7 +32,7 @@ def neighbour_purity(tokens: jax.Array, groups: jax.Array, k: int = 10) -> jax.A
     n = len(tokens)
     if n < 2:
         raise ValueError(f"got {n} tokens, expected at least 2: neighbours are others")
-    x = _centred(tokens)
+    x, groups = _centred(tokens), jnp.asarray(groups)
 
     def share(token: jax.Array) -> jax.Array:
         far = _square_distances(x, token).at[token].set(jnp.inf)
@@ -57,7 +57,7 @@ def silhouette(tokens: jax.Array, groups: jax.Array, *, count: int) -> jax.Array
       Scalar float32 in [-1, 1]: 1 if groups are far apart, 0 if they overlap. A token
       alone in its group counts as 0, and so do all if there is but one group.
     """
-    x = _centred(tokens)
+    x, groups = _centred(tokens), jnp.asarray(groups)
     member = jax.nn.one_hot(groups, count, dtype=jnp.float32)  # (n, G)
     size = member.sum(axis=0)  # (G,)
 
@@ -77,7 +77,7 @@ def silhouette(tokens: jax.Array, groups: jax.Array, *, count: int) -> jax.Array
 
 def _centred(tokens: jax.Array) -> jax.Array:
     """Distances do not see the mean, but their rounding error in float32 would."""
-    x = tokens.astype(jnp.float32)
+    x = jnp.asarray(tokens, jnp.float32)
     return x - x.mean(axis=0, keepdims=True)
 
 

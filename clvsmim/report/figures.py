@@ -37,9 +37,14 @@ class Panel:
 def panels(drawn: Mapping[str, Any], looks: Mapping[str, Look]) -> list[Panel]:
     """Draw one quantity of several runs, `{run: series}`, all of one kind.
 
+    A run without a finite number is left out; without any there is no panel.
+
     Raises:
       ValueError: the series have another kind or number of axes than can be drawn.
     """
+    drawn = {run: s for run, s in drawn.items() if np.isfinite(s.values).any()}
+    if not drawn:
+        return []
     kind, axes = _same(drawn)
     if axes == 0:
         return [_panel("", _scalars(drawn, looks))]
@@ -139,6 +144,8 @@ def _matrix(series: Any, limits: tuple[float, float]) -> Figure:
     chosen = np.unique(np.linspace(0, len(stack) - 1, MAX_MAPS).round().astype(int))
     columns = 1 if len(chosen) == 1 else 4
     rows = -(-len(chosen) // columns)
+    # Depth grows upwards; a map of the image lies as the image does.
+    origin = "lower" if down.name.startswith(("block", "depth", "head")) else "upper"
     size = (SMALL[0], 2.7) if columns == 1 else (WIDE[0], 1.2 * rows + 0.6)
     with matplotlib.rc_context({**style.RC, "axes.grid": False}):
         figure = Figure(figsize=size)
@@ -146,7 +153,7 @@ def _matrix(series: Any, limits: tuple[float, float]) -> Figure:
         for ax in grid.flat[len(chosen) :]:
             ax.set_axis_off()
         for ax, i in zip(grid.flat, chosen, strict=False):
-            image = ax.imshow(stack[i], origin="lower", vmin=limits[0], vmax=limits[1])
+            image = ax.imshow(stack[i], origin=origin, vmin=limits[0], vmax=limits[1])
             ax.spines[:].set_visible(False)
             if lead:
                 ax.set(xticks=[], yticks=[])
