@@ -135,7 +135,7 @@ def whole_pass(args: argparse.Namespace) -> None:
         "all one-pass metrics": measuring(encoder, variables, chosen),
         "token spectra of every image": measuring(encoder, variables, everywhere),
     }
-    for run in runs.values():  # compile what is needed with and without token spectra
+    for run in runs.values():  # compile, with and without token spectra
         run(min(2 * args.batch, args.images), args.batch)
     images = args.images
     found = interleave(

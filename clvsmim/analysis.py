@@ -4,9 +4,9 @@ Images in, per-image rows out; the rows become float64 states on the host, which
 over batches, processes and runs, and turn into Series at the end.
 """
 
+import contextlib
 import functools
 import hashlib
-import io
 import json
 import math
 import zipfile
@@ -210,8 +210,10 @@ def run(
     def absorb(rows: Tree) -> Callable[[], Done]:
         nonlocal number
         number += 1
-        for name, found in jax.tree.map(local, rows).items():
-            totals[name].add(metrics[name].summing(part)(found))
+        for name, found in rows.items():
+            used = None if metrics[name].limit is None else found["weight"]
+            mine = jax.tree.map(functools.partial(local, used=used), found)
+            totals[name].add(metrics[name].summing(part)(mine))
         return so_far
 
     def so_far() -> Done:
@@ -231,10 +233,23 @@ def run(
         raise ValueError("no image to measure")
 
 
-def local(x: jax.Array) -> np.ndarray:
-    """This process's rows of an array whose leading axis is split, in image order."""
-    shards = {s.index[0].start or 0: s.data for s in x.addressable_shards}
-    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+def local(x: jax.Array, used: jax.Array | None = None) -> np.ndarray:
+    """This process's rows of an array whose leading axis is split, in image order.
+
+    Of devices where no row is `used` (a weight per row), nothing is copied, but for the
+    first.
+    """
+    parts = _shards(x)
+    if used is not None:
+        kept = [i for i, weight in enumerate(_shards(used)) if np.any(weight)]
+        parts = [parts[i] for i in kept or [0]]
+    return np.concatenate([np.asarray(data) for data in parts])
+
+
+def _shards(x: jax.Array) -> list[jax.Array]:
+    """The parts of this process, in order."""
+    found = {s.index[0].start or 0: s.data for s in x.addressable_shards}
+    return [found[start] for start in sorted(found)]
 
 
 def series(metrics: dict[str, Metric], states: dict[str, Any]) -> list[Series]:
@@ -320,7 +335,7 @@ def load(path: str, within: str = "") -> tuple[Analysis, dict[str, Any]]:
         more = json.loads(str(data.pop("plain")))
         found = {"ids": {}, "states": {}} | tree.nest(data)
         return Analysis(more.pop("stamp"), found["ids"], found["states"]), more
-    except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} holds no readable states: {error}") from error
 
 
@@ -351,15 +366,17 @@ def read_series(out: str) -> dict[str, Any] | None:
     path = epath.Path(out) / "series.json"
     if not path.exists():
         return None
-    found = json.loads(path.read_text())
-    return {**found, "series": [Series.from_json(s) for s in found["series"]]}
+    try:
+        found = json.loads(path.read_text())
+        return {**found, "series": [Series.from_json(s) for s in found["series"]]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}; measure again") from error
 
 
 def save_arrays(path: str, arrays: dict[str, np.ndarray]) -> None:
     """Write one .npz, whole or not at all."""
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    write_whole(path, buffer.getvalue())
+    with _whole(path) as part, part.open("wb") as file:
+        np.savez(file, **arrays)
 
 
 def load_arrays(path: str, within: tuple[str, ...] = ("",)) -> dict[str, np.ndarray]:
@@ -370,9 +387,16 @@ def load_arrays(path: str, within: tuple[str, ...] = ("",)) -> dict[str, np.ndar
 
 def write_whole(path: str, data: bytes) -> None:
     """Write a file that a reader sees whole or not at all."""
+    with _whole(path) as part:
+        part.write_bytes(data)
+
+
+@contextlib.contextmanager
+def _whole(path: str) -> Iterator[epath.Path]:
+    """A file to write to, which then takes its name."""
     part = epath.Path(f"{path}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
-    part.write_bytes(data)
+    yield part
     part.replace(path)
 
 

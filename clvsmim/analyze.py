@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from absl import flags
+from etils import epath
 
 from clvsmim import analysis, build, cli, meta, pictures, plugin, tree
 from clvsmim.checkpoint import restore_params
 from clvsmim.data.crops import to_image
-from clvsmim.measure import Part, Settings, Subject, make_parts, measure
+from clvsmim.measure import Part, Settings, Subject, forget, make_parts, measure
 from clvsmim.metrics import Series
 from clvsmim.objectives import Objective
 
@@ -138,10 +139,13 @@ def analyze(workdir: str, out: str, settings: Settings) -> list[Series]:
     whole = measure(subject, parts, metrics, stamp=stamp, out=out, settings=settings)
     series = analysis.series(metrics, whole.states)
     if jax.process_index() == 0:
+        # Without it nothing here counts as measured, whatever else is from before.
+        epath.Path(f"{out}/series.json").unlink(missing_ok=True)
         series += save_pictures(run, parts["test"], f"{out}/pictures.npz")
         analysis.save(f"{out}/state.npz", whole)
         about = {"config": run.config, "workdir": str(workdir), "step": run.step}
         analysis.write_series(out, series, asked | about)
+    forget(out)
     return series
 
 
@@ -165,6 +169,10 @@ def save_pictures(run: Trained, part: Part, path: str, rows: int = 4) -> list[Se
     among = [part.source[part.skip + i]["label"] for i in range(min(part.count, 256))]
     images, labels = few(part, pictures.choose(among))
     tokens = pictures.patch_tokens(encoder, run.variables, images, **colour)
+    finite = all(np.isfinite(x).all() for x in tokens)
+    if not finite:  # a diverged encoder; the metrics say so
+        analysis.save_arrays(path, arrays)
+        return []
     arrays["token_map"] = pictures.token_map(np.concatenate(tokens[-1]))
     arrays["token_label"] = np.repeat(labels, tokens[-1].shape[1])
     analysis.save_arrays(path, arrays)

@@ -55,12 +55,14 @@ class Measured:
       seed: of the training.
       series: what was measured, no name twice.
       lam: weight of CL, for a hybrid.
+      images: names the images that it was measured on.
     """
 
     method: str
     seed: int
     series: Sequence[Series]
     lam: float | None = None
+    images: str = ""
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,8 @@ def assess(number: int, runs: Sequence[Measured]) -> Verdict:
     twice = ambiguous(found)
     if twice:
         return Verdict(*words, f"not judged, ambiguous: {', '.join(twice)}")
+    if len({run.images for runs in found.values() for run in runs}) > 1:
+        return Verdict(*words, "not judged: measured on different images")
     return weigh(words, measure, found)
 
 

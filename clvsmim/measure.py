@@ -6,6 +6,7 @@ each merges all, in the order of the processes.
 
 import functools
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -107,17 +108,18 @@ def make_parts(
     learning = analysis.reading(metrics, "train")
     least = analysis.unit(analysis.reading(metrics, "test"))
     if whole.count < least:
+        need = f"one mini-batch of CKA, {least}" if least > 1 else "one"
         raise ValueError(
             f"{max(whole.count, 0)} images (of {len(measured)}, {settings.skip} left "
-            f"out) are less than one mini-batch of CKA, {least}; give more --images, "
-            "or a smaller --group (at least 4)"
+            f"out) are less than {need}; give more --images, a smaller --skip"
+            + (" or a smaller --group (at least 4)" if least > 1 else "")
         )
     if learning and settings.split == "train":
         raise ValueError(
             f"--split=train is what {', '.join(learning)} would learn from; measure "
             "another split, or leave them out of --metrics"
         )
-    parts = {"test": whole}
+    parts = {"test": whole}  # also if no metric reads it: its images are counted
     if learning:
         images = make_source("train")
         parts["train"] = Part(images, eval_view(size), settings.train_images)
@@ -128,7 +130,7 @@ def make_parts(
         parts["views"] = whole._replace(
             view=random_view(size), limit=most, copies=copies
         )
-    return {p: parts[p] for p in PARTS if p in parts and analysis.reading(metrics, p)}
+    return {name: parts[name] for name in PARTS if name in parts}
 
 
 def measure(
@@ -140,13 +142,20 @@ def measure(
     out: str,
     settings: Settings,
 ) -> Analysis:
-    """The states over all parts and processes; goes on with what `out` holds of it."""
+    """The states over all parts and processes; goes on with what `out` holds of it.
+
+    Call `forget(out)` when the result has been saved.
+    """
     mesh = meshes.make()
-    progress = Progress(out, {"stamp": stamp, "settings": settings._asdict()})
+    plan = settings._asdict() | {"processes": jax.process_count(), "devices": mesh.size}
+    del plan["every"]  # saves may come more or less often
+    progress = Progress(out, stamp, plan)
     found, part, begin = progress.resume()
     names = list(parts)
     for name in names[names.index(part) if part else 0 :]:
         chosen, done = analysis.reading(metrics, name), begin
+        if not chosen:
+            continue
         count = begin.batches if begin else 0
         for so_far in one_pass(
             subject, name, parts[name], chosen, mesh, settings.batch, begin
@@ -155,7 +164,10 @@ def measure(
             if count % settings.every == 0:
                 done = so_far()
                 progress.save(found.with_part(name, done), name, count)
-        found, begin = found.with_part(name, done or so_far()), None
+        if done is None:
+            done = so_far()
+            progress.save(found.with_part(name, done), name, count)
+        found, begin = found.with_part(name, done), None
     mine = f"{out}/state_{jax.process_index()}.npz"
     analysis.save(mine, found)
     sync("analysis states are written")
@@ -164,10 +176,21 @@ def measure(
         functools.partial(analysis.merge, metrics),
         (analysis.load(path)[0] for path in files),
     )
-    sync("analysis states are read")
-    epath.Path(mine).unlink()
-    progress.forget()
+    for name, ids in whole.ids.items():
+        want = parts[name].count // parts[name].copies
+        if len(ids) != want:
+            raise ValueError(
+                f"measured {len(ids)} of {want} {name} images; remove the files "
+                f"progress_* from {out} and start again"
+            )
     return whole
+
+
+def forget(out: str) -> None:
+    """Remove what this process saved on the way."""
+    sync("everybody has read the states")
+    for path in (*_saves(out), f"{out}/state_{jax.process_index()}.npz"):
+        epath.Path(path).unlink(missing_ok=True)
 
 
 def one_pass(
@@ -220,11 +243,9 @@ class Progress:
     the save before, and all go on from the newest that all have.
     """
 
-    def __init__(self, out: str, plan: dict[str, Any]) -> None:
-        self.plan = json.loads(json.dumps(plan))
-        process = jax.process_index()
-        self.paths = [f"{out}/progress_{process}_{i}.npz" for i in range(2)]
-        self.saves = 0
+    def __init__(self, out: str, stamp: dict[str, Any], plan: dict[str, Any]) -> None:
+        self.stamp, self.plan = stamp, json.loads(json.dumps(plan))
+        self.paths, self.saves = _saves(out), 0
 
     def save(self, found: Analysis, part: str, batches: int) -> None:
         """Save all of the parts before, and `part` as far as it is."""
@@ -238,21 +259,25 @@ class Progress:
         """The analysis so far, the part to go on with ("": the first), and how far."""
         found = {}
         for path in filter(lambda path: epath.Path(path).exists(), self.paths):
-            saved, more = analysis.load(path)
-            if more["plan"] == self.plan:
+            try:
+                saved, more = analysis.load(path)
+            except ValueError as error:
+                print(f"not used: {error}", file=sys.stderr)
+                continue
+            if (saved.stamp, more["plan"]) == (self.stamp, self.plan):
                 found[more["at"]["saves"]] = saved, more["at"]
         self.saves = _least(max(found, default=0))
         if self.saves not in found:
-            return Analysis(self.plan["stamp"], {}, {}), "", None
+            return Analysis(self.stamp, {}, {}), "", None
         saved, at = found[self.saves]
         part = at["part"]
         states = {n: s[part] for n, s in saved.states.items() if part in s}
         return saved, part, Done(at["batches"], saved.ids[part], states)
 
-    def forget(self) -> None:
-        """Remove the files: the measurement is done."""
-        for path in self.paths:
-            epath.Path(path).unlink(missing_ok=True)
+
+def _saves(out: str) -> list[str]:
+    process = jax.process_index()
+    return [f"{out}/progress_{process}_{i}.npz" for i in range(2)]
 
 
 def sync(what: str) -> None:

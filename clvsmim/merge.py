@@ -1,8 +1,12 @@
-"""Add analyses of one encoder on different images, as if measured together.
+"""Add analyses of one encoder on different images.
 
     clvsmim analyze runs/simmim --images=5000 --out=a
     clvsmim analyze runs/simmim --images=5000 --skip=5000 --out=b
     clvsmim merge a b --out=both
+
+Means over images are those of all, exactly. Mini-batches of CKA begin anew in each, so
+let --skip be a multiple of --group; what is measured on the first images only (token
+spectra on 64) is then measured on as many of each.
 
 Refuses, with the reason, what does not belong together: other weights, data, settings
 or versions, or images that are in both.
@@ -61,7 +65,7 @@ def merge(folders: Sequence[str], out: str) -> None:
     known = {s.name for s in series}  # not sums: what was measured on single images
     series += [s for s in found["series"] if s.name not in known]
     analysis.save(f"{out}/state.npz", whole)
-    count = len(whole.ids["test"])
+    count = len(next(iter(whole.ids.values())))
     # Not the first so many images: no later measurement is taken for this one.
     asked = {"stamp": stamp, "images": count, "skip": None}
     analysis.write_series(out, series, asked | about)

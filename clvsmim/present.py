@@ -58,23 +58,28 @@ def measured(out: str) -> claims.Measured:
         seed=found["config"]["seed"],
         series=found["series"],
         lam=objective.get("lam"),
+        images=json.dumps([found["stamp"]["data"], found["images"], found["skip"]]),
     )
 
 
 def names(folders: Sequence[str]) -> list[str]:
-    """What to call analyses: the method, and the folder too if two share it."""
+    """What to call analyses: the method, and its folder too if two share it."""
     found = [analysis.read_series(out)["config"]["objective"] for out in folders]
     titles = [title(objective) for objective in found]
+    places = [place(out) for out in folders]
+    short = next(
+        n for n in range(1, 99) if len({p[-n:] for p in places}) == len(places)
+    )
     return [
-        t if titles.count(t) == 1 else f"{t}, {label(out)}"
-        for t, out in zip(titles, folders, strict=True)
+        t if titles.count(t) == 1 else f"{t}, {'/'.join(p[-short:])}"
+        for t, p in zip(titles, places, strict=True)
     ]
 
 
-def label(out: str) -> str:
-    """The folder of the workdir, or of the analysis if it is elsewhere."""
+def place(out: str) -> tuple[str, ...]:
+    """The path of the workdir, or of the analysis if it is elsewhere, in parts."""
     path = epath.Path(out)
-    return path.parent.name if path.name == "analysis" else path.name
+    return (path.parent if path.name == "analysis" else path).parts
 
 
 def title(objective: dict[str, Any]) -> str:

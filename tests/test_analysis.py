@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -333,7 +334,9 @@ def test_other_weights_are_measured_anew(workdir, done, monkeypatch):
         analyze.analyze(str(workdir), str(done[1]), SETTINGS)
 
 
-def test_an_analysis_cut_short_is_made_again(workdir, done, tmp_path, monkeypatch):
+def test_an_analysis_cut_short_after_the_pass_measures_nothing_again(
+    workdir, done, tmp_path
+):
     class Stop(Exception):
         pass
 
@@ -344,8 +347,49 @@ def test_an_analysis_cut_short_is_made_again(workdir, done, tmp_path, monkeypatc
         patch.setattr(analyze, "save_pictures", stop)
         analyze.analyze(str(workdir), str(tmp_path), SETTINGS)
     assert analysis.read_series(tmp_path) is None
-    again = analyze.analyze(str(workdir), str(tmp_path), SETTINGS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(analysis, "make_measure", None)
+        again = analyze.analyze(str(workdir), str(tmp_path), SETTINGS)
     assert_series(again, done[0])
+
+
+def test_while_it_is_written_nothing_counts_as_measured(workdir, done, tmp_path):
+    out = tmp_path / "copy"
+    shutil.copytree(done[1], out)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(analysis, "write_series", stop)
+        analyze.analyze(str(workdir), str(out), SETTINGS._replace(images=8))
+    assert analysis.read_series(out) is None
+
+
+def test_a_diverged_encoder_is_measured_as_not_finite(workdir, tmp_path, monkeypatch):
+    real = analyze.load
+
+    def load(workdir):
+        run = real(workdir)
+        return run._replace(params=jax.tree.map(lambda x: x * np.nan, run.params))
+
+    monkeypatch.setattr(analyze, "load", load)
+    settings = SETTINGS._replace(metrics=("nmi",))
+    found = analyze.analyze(str(workdir), str(tmp_path), settings)
+    assert all("16 of 16 images left out: not finite" in s.notes for s in found)
+    assert present.one(str(tmp_path)).exists()
+
+
+def test_lidar_may_be_measured_alone(workdir, tmp_path):
+    settings = SETTINGS._replace(metrics=("lidar",))
+    found = analyze.analyze(str(workdir), str(tmp_path), settings)
+    assert found[0].name == "LiDAR" and found[0].count == 16
+
+
+def test_damaged_series_are_named(done, tmp_path):
+    (tmp_path / "series.json").write_text('{"series": [{}]}')
+    with pytest.raises(ValueError, match="series.json is damaged"):
+        analysis.read_series(tmp_path)
 
 
 @pytest.fixture(scope="module")

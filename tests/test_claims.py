@@ -527,3 +527,14 @@ def test_the_page_shows_every_claim_and_colours_the_verdicts(tmp_path):
     for verdict in ("shows", "opposite", "does not show"):
         assert f'<td data-cell="{verdict}"' in text
     assert "not measured: needs an MAE run" in text
+
+
+def test_runs_measured_on_different_images_are_not_judged():
+    runs = [
+        claims.Measured(method=method, seed=seed, series=(), images=method)
+        for method in ("moco_v3", "simmim")
+        for seed in range(3)
+    ]
+    verdicts = {v.id: v.verdict for v in claims.judge(runs)}
+    assert verdicts[1] == "not judged: measured on different images"
+    assert verdicts[3].startswith("not measured")  # of CL alone

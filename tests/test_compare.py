@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import runs
 
-from clvsmim import analysis, analyze, compare, merge
+from clvsmim import analysis, analyze, compare, merge, present
 from clvsmim.measure import Settings
 
 METRICS = ("nmi", "grams", "probe")
@@ -95,6 +95,33 @@ def test_runs_of_one_method_have_the_name_of_their_folder(folders, tmp_path):
     text = path.read_text()
     assert "SimMIM (MIM), simmim" in text and "SimMIM (MIM), again" in text
     assert "ambiguous: 2 MIM runs of seed 0" in text
+
+
+def test_seeds_in_folders_of_the_same_name_are_told_apart(folders, tmp_path):
+    for seed in "01":
+        shutil.copytree(folders["simmim"], tmp_path / seed / "simmim")
+    places = [f"{tmp_path}/{seed}/simmim/analysis" for seed in "01"]
+    assert present.names([f"{folders['moco_v3']}/analysis", *places]) == [
+        "MoCo v3 (CL)",
+        "SimMIM (MIM), 0/simmim",
+        "SimMIM (MIM), 1/simmim",
+    ]
+
+
+def test_mini_batches_that_begin_elsewhere_are_not_compared(folders, tmp_path):
+    """Of the same images in all, but not the same ones together."""
+    workdir = str(folders["simmim"])
+    for name, change in (
+        ("whole", {"images": 18}),
+        ("a", {"images": 10}),
+        ("b", {"images": 8, "skip": 10}),
+    ):
+        settings = HALF._replace(metrics=("nmi", "grams"), group=4, **change)
+        analyze.analyze(workdir, str(tmp_path / name), settings)
+    merge.merge([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "merged"))
+    a, b = (compare.grams(str(tmp_path / name)) for name in ("whole", "merged"))
+    with pytest.raises(ValueError, match="needs the same images"):
+        compare.similarity(a, b, ("a", "b"))
 
 
 @pytest.fixture(scope="module")

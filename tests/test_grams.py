@@ -71,7 +71,7 @@ def reference_gram(x: np.ndarray) -> np.ndarray:
 def test_the_state_holds_the_upper_triangle_of_every_block(models):
     state, maps = models[0], features(3, seed=1)["head_outputs"]
     assert state["gram"].shape == (6, 3, 6) and state["gram"].dtype == np.float32
-    np.testing.assert_array_equal(state["index"], range(6))
+    np.testing.assert_array_equal(state["index"], 4 * np.arange(6))
     want = reference_gram(maps[2][8:12, :, 1:].reshape(4, -1))
     np.testing.assert_allclose(
         state["gram"][2, 2], want[np.triu_indices(4, 1)], rtol=1e-4, atol=1e-4
@@ -120,11 +120,11 @@ def test_two_models_against_the_definition(models):
 def test_incomplete_and_not_finite_mini_batches_are_not_kept(models):
     given = features(3, seed=1)
     state = part(given, 0, 11)
-    np.testing.assert_array_equal(state["index"], [0, 1])
+    np.testing.assert_array_equal(state["index"], [0, 4])
     assert state["nonfinite"] == 0
     given["head_outputs"][1][5, 0, 3] = np.nan
     state = state_of(given)
-    np.testing.assert_array_equal(state["index"], [0, 2, 3, 4, 5])
+    np.testing.assert_array_equal(state["index"], [0, 8, 12, 16, 20])
     assert state["nonfinite"] == 1
     np.testing.assert_array_equal(
         state["gram"], np.delete(models[0]["gram"], 1, axis=0)
@@ -138,7 +138,7 @@ def test_models_must_have_seen_the_same_mini_batches(models):
     with pytest.raises(ValueError, match="has 6 mini-batches and the other 5"):
         cross_model_cka(a, fewer)
     with pytest.raises(ValueError, match="of which 5 are in both"):
-        cross_model_cka(a, {**b, "index": b["index"] + 1})
+        cross_model_cka(a, {**b, "index": b["index"] + 4})
     larger = {**b, "gram": np.zeros((6, 2, 28), "f4")}
     with pytest.raises(ValueError, match="got 4 and 8 images.*--group"):
         cross_model_cka(a, larger)

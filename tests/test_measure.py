@@ -61,7 +61,7 @@ def take(trained, subject, metrics, tmp_path_factory):
             grid = mesh.make(jax.devices()[:devices])
             patch.setattr(measure.meshes, "make", lambda: grid)
             parts = make_parts(make_source, (16, 16), settings, chosen)
-            return measure.measure(
+            found = measure.measure(
                 subject,
                 parts,
                 chosen,
@@ -69,6 +69,8 @@ def take(trained, subject, metrics, tmp_path_factory):
                 out=str(folder),
                 settings=settings,
             )
+            measure.forget(str(folder))
+            return found
 
     return call
 
@@ -181,7 +183,9 @@ def test_stopped_between_saves_it_goes_on_from_the_last(take, whole, tmp_path):
     assert_identical(take(tmp_path), whole)
 
 
-def test_other_settings_start_anew(take, tmp_path, metrics):
+@pytest.fixture
+def stopped(take, tmp_path):
+    """A folder with one save of a pass."""
     real = measure.Progress.save
 
     def save(self, *args):
@@ -192,8 +196,28 @@ def test_other_settings_start_anew(take, tmp_path, metrics):
         patch.setattr(measure.Progress, "save", save)
         with pytest.raises(Stop):
             take(tmp_path)
-    other = take(tmp_path, images=21)
-    assert_identical(other, take(images=21))
+    assert len(list(tmp_path.iterdir())) == 1
+    return tmp_path
+
+
+def test_other_settings_start_anew(take, stopped):
+    assert_identical(take(stopped, images=21), take(images=21))
+
+
+def test_other_devices_start_anew(take, metrics, whole, stopped):
+    """A batch is another one there: what was saved would leave images out."""
+    assert_agree(metrics, take(stopped, devices=8), whole, 1e-6)
+
+
+def test_a_damaged_save_is_not_used(take, whole, stopped, capsys):
+    (path,) = stopped.iterdir()
+    path.write_bytes(path.read_bytes()[:1000])
+    assert_identical(take(stopped), whole)
+    assert f"not used: {path} holds no readable states" in capsys.readouterr().err
+
+
+def test_saves_may_come_more_often(take, metrics, whole, stopped):
+    assert_agree(metrics, take(stopped, every=1), whole, 1e-9)
 
 
 def test_a_merge_of_two_halves_is_the_whole(take, metrics, whole):
@@ -246,6 +270,7 @@ def test_what_a_metric_learns_from_has_a_state_of_its_own(take):
 REFUSED = {
     "one image": ({"images": 3}, "3 images .* less than one mini-batch of CKA, 4"),
     "all left out": ({"skip": 64}, "0 images .* 64 left out"),
+    "no CKA": ({"skip": 64, "chosen": {"few": counting()}}, "less than one; give"),
     "learning": ({"split": "train"}, "--split=train is what probe, knn would learn"),
 }
 

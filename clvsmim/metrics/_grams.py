@@ -31,9 +31,9 @@ def cut_groups(maps: tuple[jax.Array, ...], group: int) -> tuple[jax.Array, ...]
     return tuple(x.reshape(-1, group, *x.shape[1:]) for x in maps)
 
 
-def group_numbers(features: Features, group: int) -> jax.Array:
-    """The number in the data of each mini-batch: (B / group,) int32."""
-    return features["index"].reshape(-1, group)[:, 0] // group
+def first_images(features: Features, group: int) -> jax.Array:
+    """The number in the data of the first image of each mini-batch: (B / group,)."""
+    return features["index"].reshape(-1, group)[:, 0]
 
 
 def centred(x: jax.Array) -> jax.Array:

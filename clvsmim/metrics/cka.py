@@ -32,7 +32,7 @@ from clvsmim.metrics._grams import (
     check_group,
     cut_groups,
     dot,
-    group_numbers,
+    first_images,
     hsic_matrix,
     token_gram,
     u_centred,
@@ -148,7 +148,7 @@ def make(*, prefix: int, group: int = 64) -> Metric:
         }
         return {
             "weight": whole,
-            "group": group_numbers(features, group),
+            "group": first_images(features, group) // group,
             "dropped": weights.reshape(-1, group).sum(axis=1) * (1 - whole),
             "width": {k: jnp.full_like(whole, p) for k, p in widths.items()},
             "hsic": jax.vmap(one)(

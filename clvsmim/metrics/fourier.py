@@ -49,7 +49,8 @@ def half_diagonal(grid: tuple[int, int]) -> np.ndarray:
     if short < 3:
         raise ValueError(
             f"got a grid of {grid[0]} x {grid[1]} patches, expected at least 3 x 3: "
-            "smaller ones have no frequency but zero; use smaller patches"
+            "smaller ones have no frequency but zero; use smaller patches, or leave "
+            "fourier out of --metrics"
         )
     f = np.arange((short + 1) // 2)  # (F,)
     return np.stack([(2 * f * n + short) // (2 * short) for n in grid], axis=1)

@@ -23,7 +23,7 @@ from clvsmim.metrics import (
     join,
     keep,
 )
-from clvsmim.metrics._grams import block_grams, group_numbers, u_centred
+from clvsmim.metrics._grams import block_grams, first_images, u_centred
 from clvsmim.metrics.cka import BLOCKS, cka, jackknife, notes_on
 
 __all__ = ["between_models", "cross_model_cka"]
@@ -42,7 +42,7 @@ def make(*, prefix: int, group: int = 64, limit: int = 4096) -> Metric:
         blocks = [u_centred(by_head.sum(axis=1)) for by_head, _ in found]  # (G, n, n)
         return {
             "weight": whole,
-            "index": group_numbers(features, group),
+            "index": first_images(features, group),
             "width": jnp.full_like(whole, h * (t - prefix) * d),
             "gram": jnp.stack(blocks, axis=1),
         }
@@ -95,7 +95,7 @@ def cross_model_cka(a: State, b: State) -> tuple[np.ndarray, np.ndarray | None]:
     both = np.concatenate([a["gram"], b["gram"]], axis=1).astype(np.float64)
     # What the ratio does not see is left out: the other triangle and 1 / (n (n - 3)).
     hsic = both @ both.transpose(0, 2, 1)  # (G, la + lb, la + lb)
-    block = a["index"] % BLOCKS
+    block = a["index"] // images_in(a) % BLOCKS
     sums = np.stack([hsic[block == k].sum(axis=0) for k in np.unique(block)])
 
     def between(total: np.ndarray) -> np.ndarray:

@@ -22,6 +22,7 @@ from clvsmim.metrics import (
     State,
     check_tokens,
     mean_series,
+    over_images,
 )
 
 __all__ = ["attention_rollout"]
@@ -53,11 +54,8 @@ def attention_rollout(
     if not 0 <= discard < 1:
         raise ValueError(f"got discard {discard}, expected a share in [0, 1)")
 
-    def later(below: jax.Array, above: jax.Array) -> jax.Array:
-        return jnp.matmul(above, below, precision=jax.lax.Precision.HIGHEST)
-
     # `map` is lazy: of all maps there is one at a time, and the product so far.
-    return functools.reduce(later, map(lambda a: _mixing(a, fusion, discard), maps))
+    return functools.reduce(_later, map(lambda a: _mixing(a, fusion, discard), maps))
 
 
 def make(
@@ -68,14 +66,22 @@ def make(
     The sum of the map is below 1: the rest is from CLS (and registers) itself.
     """
 
-    def kernel(maps: tuple[jax.Array, ...]) -> dict[str, jax.Array]:
-        check_tokens(maps[0].shape[-1], grid, prefix)
-        rollout = attention_rollout(maps, fusion=fusion, discard=discard)  # (T, T)
-        row = rollout[0] if prefix else rollout.mean(axis=0)
-        return {"row": row[prefix:].reshape(grid)}
+    mixing = jax.vmap(lambda attention: _mixing(attention, fusion, discard))
+
+    def block(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+        attention, below = pair
+        return _later(below, mixing(attention))  # (B, T, T)
 
     def update(features: Features, weights: jax.Array) -> dict[str, Any]:
-        return {"weight": weights, "values": jax.vmap(kernel)(features["attention"])}
+        maps = features["attention"]
+        check_tokens(maps[0].shape[-1], grid, prefix)
+        # Mixed and multiplied in one loop: apart, the maps of all blocks would wait.
+        rollout = over_images(mixing, maps[0])
+        for attention in maps[1:]:
+            rollout = over_images(block, (attention, rollout))
+        row = rollout[:, 0] if prefix else rollout.mean(axis=1)  # (B, T)
+        row = row[:, prefix:].reshape(-1, *grid)
+        return {"weight": weights, "values": {"row": row}}
 
     def compute(state: State) -> list[Series]:
         notes = () if prefix else ("there is no CLS token: mean over all patches",)
@@ -96,6 +102,11 @@ def make(
         ]
 
     return Metric(needs=("attention",), update=update, compute=compute)
+
+
+def _later(below: jax.Array, above: jax.Array) -> jax.Array:
+    """The rollout through one block more: (..., T, T) each."""
+    return jnp.matmul(above, below, precision=jax.lax.Precision.HIGHEST)
 
 
 def _mixing(attention: jax.Array, fusion: str, discard: float) -> jax.Array:

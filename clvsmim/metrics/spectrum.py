@@ -158,7 +158,7 @@ def log_spectra(
     """
     good = np.asarray(weight) > 0
     for x in tokens:
-        good &= np.isfinite(x).all(axis=(1, 2))
+        good[good] = np.isfinite(x[good]).all(axis=(1, 2))
     # One tap at a time. Threads do not help: numpy's BLAS brings its own, and both
     # together were 1.6 times slower.
     spectra = [token_spectrum(x[good], prefix=0) for x in tokens]
