@@ -579,7 +579,10 @@ def temporary(metric: Metric, depth: int) -> int:
 def test_temporary_memory_does_not_grow_with_depth(name):
     """From depth 4: below, XLA shares less between blocks."""
     metric = load(name)
-    assert temporary(metric, 16) < 1.5 * temporary(metric, 4)
+    # XLA keeps a rollout's product of every block, (B, T, T): as much as the attention
+    # of one head. Written otherwise, it keeps that of all heads in a forward.
+    products = 12 * 32 * 17 * 17 * 4 if name == "rollout" else 0
+    assert temporary(metric, 16) < 1.5 * temporary(metric, 4) + products
 
 
 @pytest.mark.parametrize("key", ["residual", "attention", "head_outputs"])
