@@ -118,7 +118,8 @@ def page(
     verdicts = claims.to_json(claims.judge(models))
     text = json.dumps(verdicts, indent=1, ensure_ascii=False)
     analysis.write_whole(f"{folder}/data/claims.json", f"{text}\n".encode())
-    shown = (seeing(drawn), looking(drawn), claimed(models), *SECTIONS, near(drawn))
+    shown = (seeing(drawn), looking(drawn), claimed(models), *SECTIONS, alike(drawn))
+    shown += (near(drawn),)
     return write(
         folder,
         title=heading,
@@ -175,12 +176,13 @@ def looking(drawn: Sequence[tuple[Run, dict]]) -> Section | None:
 
 def near(drawn: Sequence[tuple[Run, dict]]) -> Section | None:
     """The tokens of the last block, by t-SNE."""
-    galleries = [
-        Gallery(run.name, "", ("tokens of the last block",), ((picture,),))
+    found = {
+        run.name: scatter(p["token_map"], [f"class {x}" for x in p["token_label"]])
         for run, p in drawn
         if "token_map" in p
-        for picture in [scatter(p["token_map"], class_names(p["token_label"]))]
-    ]
+    }
+    pictures = (tuple(found.values()),)
+    galleries = [Gallery("t-SNE", "", tuple(found), pictures)] if found else []
     text = (
         "Every point is a patch token of the last block, its colour the class of its "
         "image (t-SNE, perplexity 20). The paper finds the tokens of contrastive "
@@ -193,8 +195,16 @@ def near(drawn: Sequence[tuple[Run, dict]]) -> Section | None:
     return Section("Tokens near each other", text, series, galleries=galleries)
 
 
-def class_names(labels: np.ndarray) -> list[str]:
-    return [f"class {label}" for label in labels]
+def alike(drawn: Sequence[tuple[Run, dict]]) -> Section | None:
+    """CKA between models, which `compare` has added to their series."""
+    series = [
+        s.name for run, _ in drawn for s in run.series if "block of" in str(s.axes)
+    ]
+    text = (
+        "CKA between the blocks of two models: 1 where both say the same about the "
+        "images, up to a rotation; 0 where they are unrelated."
+    )
+    return Section("How alike the models are", text, series) if series else None
 
 
 def claimed(models: Sequence[claims.Measured]) -> Section:
