@@ -126,7 +126,8 @@ def make_parts(
     seeing = analysis.reading(metrics, "views")
     if seeing:
         copies = analysis.unit(seeing)
-        most = min(settings.images, *(m.limit // copies for m in seeing.values()))
+        limits = [m.limit // copies for m in seeing.values() if m.limit is not None]
+        most = min([settings.images, *limits])
         parts["views"] = whole._replace(
             view=random_view(size), limit=most, copies=copies
         )

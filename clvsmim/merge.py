@@ -1,7 +1,7 @@
 """Add analyses of one encoder on different images.
 
-    clvsmim analyze runs/simmim --images=5000 --out=a
-    clvsmim analyze runs/simmim --images=5000 --skip=5000 --out=b
+    clvsmim analyze runs/simmim --images=5120 --out=a
+    clvsmim analyze runs/simmim --images=5120 --skip=5120 --out=b
     clvsmim merge a b --out=both
 
 Means over images are those of all, exactly. Mini-batches of CKA begin anew in each, so

@@ -247,17 +247,19 @@ def counting(**fields):
 
 def test_a_limit_is_of_images_not_of_batches(take):
     metrics = {"few": counting(limit=11), "all": counting()}
-    for batch in (4, 8, 16):
-        found = take(chosen=metrics, batch=batch).states
+    for batch, devices in ((4, 1), (8, 1), (16, 1), (16, 8)):
+        found = take(chosen=metrics, batch=batch, devices=devices).states
         assert found["few"]["test"]["count"] == 11
         assert found["few"]["test"]["sum"]["index"] == sum(range(11))
         assert found["all"]["test"]["sum"]["index"] == sum(range(22))
 
 
 def test_views_of_an_image_follow_each_other(take):
-    metrics = {"views": counting(parts=("views",), group=5, limit=15)}
-    state = take(chosen=metrics).states["views"]["views"]
-    assert state["count"] == 15 and state["sum"]["index"] == 5 * (0 + 1 + 2)
+    for limit, images in ((15, 3), (None, 22)):
+        metrics = {"views": counting(parts=("views",), group=5, limit=limit)}
+        state = take(chosen=metrics).states["views"]["views"]
+        assert state["count"] == 5 * images
+        assert state["sum"]["index"] == 5 * sum(range(images))
 
 
 def test_what_a_metric_learns_from_has_a_state_of_its_own(take):

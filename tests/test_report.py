@@ -298,3 +298,23 @@ def test_a_matrix_has_one_scale_for_all_runs():
 def test_matplotlib_is_not_imported_with_the_package():
     code = "import sys, clvsmim, clvsmim.metrics; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_quantity_that_nobody_has_a_number_of_is_words_only(tmp_path):
+    gone = series("gone", {"block": (1, 2)}, "depth", 0, notes=("why not",))
+    gone.values[:] = np.nan
+    path = report.write(tmp_path, title="x", runs=[report.Run(name="a", series=[gone])])
+    assert "why not" in path.read_text() and not list(tmp_path.glob("figures/gone*"))
+    there = series("gone", {"block": (1, 2)}, "depth", 1)
+    looks = style.looks([("a", ""), ("b", "")])
+    with_both = figures.panels({"a": gone, "b": there}, looks)
+    assert with_both[0].png == figures.panels({"b": there}, looks)[0].png
+
+
+@pytest.mark.parametrize(
+    ("axis", "origin"), [("block", "lower"), ("depth", "lower"), ("row", "upper")]
+)
+def test_depth_grows_upwards_and_maps_lie_as_the_image_does(axis, origin):
+    axes = {axis: (0, 1, 2), "column": (0, 1, 2)}
+    figure = figures._matrix(series("map", axes, "matrix", 0), (0.0, 1.0))
+    assert figure.axes[0].images[0].origin == origin
