@@ -18,7 +18,13 @@ from clvsmim import mesh as meshes
 from clvsmim import optim, plugin, tree, vit
 from clvsmim.data import Source
 from clvsmim.objectives import Objective
-from clvsmim.step import Optimizer, init_params, make_init, make_step
+from clvsmim.step import (
+    Optimizer,
+    init_params,
+    make_evaluate,
+    make_init,
+    make_step,
+)
 
 Tree = Any
 
@@ -30,6 +36,9 @@ class Program:
     Attributes:
       init: `(given=None) -> State`, born sharded: no unsharded copy ever exists.
       step: `(state, batch) -> (state, logs)`; the state is donated.
+      evaluate: `(state, batch) -> sums` of `step.make_evaluate`; None where the
+        objective has no evaluation.
+      held_out: the images to evaluate on, None without an evaluation.
       state: ShapeDtypeStructs with shardings, to restore onto.
       batch: ShapeDtypeStructs of a global batch, with shardings.
       total, steps_per_epoch: numbers of steps.
@@ -37,9 +46,11 @@ class Program:
 
     objective: Objective
     source: Source
+    held_out: Source | None
     mesh: jax.sharding.Mesh
     init: Callable
     step: Callable
+    evaluate: Callable | None
     state: Tree
     batch: Tree
     total: int
@@ -77,9 +88,12 @@ def program(
     optim: dict[str, Any],
     mesh: dict[str, Any],
     log: dict[str, Any],
+    eval: dict[str, Any],
+    xray: dict[str, Any],
     init: dict[str, Any],
 ) -> Program:
-    """The sections of a config; `log` and `init` are for the training loop alone.
+    """The sections of a config; `log`, `eval`, `xray` and `init` are for the training
+    loop alone.
 
     Raises:
       ValueError: as `build`.
@@ -87,11 +101,15 @@ def program(
     if seed < 0:
         raise ValueError(f"seed={seed}: use a number >= 0")
     plugin.call(log_section, "log", **log)
+    plugin.call(eval_section, "eval", **eval)
+    plugin.call(xray_section, "xray", **xray)
     plugin.check(init_section, "init", init)
     grid = plugin.call(meshes.make, "mesh", devices=devices, **mesh)
     meshes.check_batch(batch, grid)
     method = make_objective(make_encoder(encoder), input, objective)
     source = make_source(data, "train")
+    held_out = make_source(data, "test") if method.evaluate else None
+    check_classes(objective, source)
     steps_per_epoch = len(source) // batch
     if not steps_per_epoch:
         raise ValueError(f"batch {batch} is larger than the {len(source)} images")
@@ -108,6 +126,7 @@ def program(
     return Program(
         objective=method,
         source=source,
+        held_out=held_out,
         mesh=grid,
         init=jax.jit(on_mesh(born, grid), out_shardings=shardings),
         step=jax.jit(
@@ -116,6 +135,13 @@ def program(
             out_shardings=(shardings, meshes.replicated(grid)),
             donate_argnums=0,
         ),
+        evaluate=jax.jit(
+            on_mesh(make_evaluate(method), grid),
+            in_shardings=(shardings, meshes.batch_sharding(grid)),
+            out_shardings=meshes.replicated(grid),
+        )
+        if held_out
+        else None,
         state=jax.tree.map(_with_sharding, shapes, shardings),
         batch=spec,
         total=total,
@@ -135,17 +161,54 @@ def log_section(*, every: int, save: int, keep: int, tensorboard: bool) -> None:
         )
 
 
+def eval_section(*, epochs: float, images: int) -> None:
+    """The keys of the section `eval`: epochs between two evaluations, the last step is
+    followed by one anyway (0: that one alone); and on how many images (0: on all)."""
+    if min(epochs, images) < 0:
+        raise ValueError(f"eval.epochs={epochs}, eval.images={images}: use >= 0")
+
+
+def xray_section(*, share: float, least: int, images: int) -> None:
+    """The keys of the section `xray`: which share of the training lies between two
+    X-rays (0: none are taken), at least how many steps, and on how many images."""
+    if not 0 <= share <= 1 or min(least, images) < 1:
+        raise ValueError(
+            f"xray.share={share}, xray.least={least}, xray.images={images}: use a "
+            "share from 0 (off) to 1, and numbers >= 1"
+        )
+
+
 def init_section(*, path: str) -> None:
     """Names the keys of the section `init`: the workdir whose encoder to start from."""
 
 
-def loader_section(*, source: dict, workers: int, threads: int, prefetch: int) -> None:
-    """The keys of the section `data`; see `data.pipeline.batches`."""
-    if min(workers, threads, prefetch) < 0:
+def loader_section(
+    *,
+    source: dict,
+    workers: int,
+    threads: int,
+    prefetch: int,
+    repeats: int = 1,
+    unreadable: int = 100,
+    draft: bool = False,
+) -> dict[str, Any]:
+    """The keys of the section `data`, of which all but the source are keywords of
+    `data.pipeline.batches`; returns these."""
+    del source
+    if min(workers, threads, prefetch, unreadable) < 0 or repeats < 1:
         raise ValueError(
             f"data.workers={workers}, data.threads={threads}, "
-            f"data.prefetch={prefetch}: use >= 0"
+            f"data.prefetch={prefetch}, data.unreadable={unreadable}: use >= 0; "
+            f"data.repeats={repeats}: use >= 1"
         )
+    return {
+        "workers": workers,
+        "threads": threads,
+        "prefetch": prefetch,
+        "repeats": repeats,
+        "unreadable": unreadable,
+        "draft": draft,
+    }
 
 
 def plain(config: ConfigDict | FrozenConfigDict) -> dict[str, Any]:
@@ -188,6 +251,16 @@ def make_source(section: dict[str, Any], split: str) -> Source:
     return plugin.load("data", _named(source, "data.source"), split=split, **source)
 
 
+def check_classes(objective: dict[str, Any], source: Source) -> None:
+    """Raise ValueError if the heads are for another number of classes than the data
+    have: a label beyond the last head has no target, and nobody would notice."""
+    if "classes" in objective and objective["classes"] != source.num_classes:
+        raise ValueError(
+            f"objective.classes={objective['classes']}, but {source.name!r} has "
+            f"{source.num_classes} classes; use that number"
+        )
+
+
 def make_optimizer(
     objective: Objective,
     section: dict[str, Any],
@@ -196,14 +269,16 @@ def make_optimizer(
 ) -> Optimizer:
     """The section `optim`: groups by name, schedule, rule."""
     params, _ = abstract_params(objective)
-    section = dict(section)
+    section = {"frozen": ()} | section
     known = ("no_decay", "no_trust", "frozen", "layer_decay")
+    section["frozen"] = (*objective.frozen, *section["frozen"])
     name = _named(section, "optim")
     allowed = {"name", "schedule", *known, *optim.settings(name)}
     for key in section:
         if key not in allowed:
             raise ValueError(plugin.unknown("key in optim", key, allowed))
-    groups = optim.groups(params, **{k: section.pop(k) for k in known if k in section})
+    rules = {k: section.pop(k) for k in known if k in section}
+    groups = optim.groups(params, lr_scales=objective.lr_scales, **rules)
     schedule = dict(section.pop("schedule", {}))
     rate = optim.schedule(
         _named(schedule, "optim.schedule"),

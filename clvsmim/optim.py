@@ -61,12 +61,14 @@ def groups(
     no_trust: Sequence[str] = (),
     frozen: Sequence[str] = (),
     layer_decay: float | None = None,
+    lr_scales: Sequence[tuple[str, float]] = (),
 ) -> tree.Tree:
     """A Group for every leaf of `params` (arrays or shapes).
 
     Args:
       no_decay, no_trust, frozen: regular expressions on whole "/"-joined names.
       layer_decay: the multiplier per layer, from the top down (BEiT, MAE); None is 1.
+      lr_scales: (expression, factor on the learning rate), first match, on top of it.
 
     Raises:
       ValueError: an expression that matches no parameter.
@@ -75,7 +77,8 @@ def groups(
     decay = hit(no_decay, "no_decay")
     trust = hit(no_trust, "no_trust")
     held = hit(frozen, "frozen")
-    scale = _layer_scales(params, layer_decay)
+    own = tree.by_rule(params, [*lr_scales, (".*", 1.0)], "lr_scales")
+    scale = jax.tree.map(lambda a, b: a * b, _layer_scales(params, layer_decay), own)
     return jax.tree.map(
         lambda d, t, f, s: Group(decay=1.0 - d, trust=not t, frozen=f, lr_scale=s),
         *(decay, trust, held, scale),

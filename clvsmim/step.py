@@ -86,9 +86,41 @@ def make_step(
         extra = objective.after(params, extra, (state.step + 1) / total)
         logs = logs | {
             "loss": loss,
-            "gradient_norm": optax.tree.norm(grads),
+            **norms(grads),
             "learning_rate": optimizer.rate(state.step),
         }
         return State(state.step + 1, params, extra, opt), logs
 
     return step
+
+
+def norms(grads: Tree) -> dict[str, jax.Array]:
+    """Lengths of the gradient, and of its part at the patch embedding if that learns.
+
+    There MoCo v3 saw the spikes that make training a ViT unstable (section 4.2).
+    """
+    named = tree.named(grads)
+    stem = [x for name, x in named.items() if name.startswith("encoder/patch_embed/")]
+    whole = {"gradient_norm": optax.tree.norm(grads)}
+    if not stem:
+        return whole
+    return whole | {"gradient_norm/patch_embed": optax.tree.norm(stem)}
+
+
+def make_evaluate(objective: Objective) -> Callable[[State, Tree], dict]:
+    """`evaluate(state, batch) -> {name: sum over the real images, "images": count}`.
+
+    The batch is one of `eval_batches` of `objective.view`; what is random in it, if
+    anything is, is the same in every evaluation.
+    """
+
+    def evaluate(state: State, batch: Tree) -> dict:
+        key = fold(jax.random.key(0), "evaluate")
+        inputs = objective.prepare(key, batch, train=False)
+        found = objective.evaluate(state.params, state.extra, inputs)
+        weight = batch["weight"]
+        # Padding may hold anything, and 0 x NaN is NaN.
+        sums = {k: jnp.sum(jnp.where(weight > 0, x, 0)) for k, x in found.items()}
+        return sums | {"images": jnp.sum(weight)}
+
+    return evaluate

@@ -3,14 +3,16 @@
 Letters: B images, N patches, T = prefix + N tokens, D width, H heads, d = D / H,
 L depth, P patch. `ViT.apply` is a pure function of (parameters, images). Its three
 public steps are `embed -> place -> encode`: SimMIM puts its mask token between the
-first two, MAE drops tokens after the second.
+first two, MAE drops tokens after the second and has a `Decoder` of the same blocks.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from clvsmim.heads import BatchNorm
@@ -20,6 +22,7 @@ from clvsmim.inits import (
     position_init,
     relative_bias,
     relative_shape,
+    sincos_table,
 )
 
 SIZES = {
@@ -117,8 +120,7 @@ class ViT(nn.Module):
         if spec.relative == "shared":
             zeros = nn.initializers.zeros
             self.rel_table = self.param("rel_table", zeros, relative_shape(spec))
-        block = nn.remat(Block) if spec.remat else Block
-        self.block = [block(spec, i) for i in range(spec.depth)]  # block_0, block_1 ...
+        self.block = blocks(spec)  # block_0, block_1 ...
         if spec.final_norm:
             self.ln_final = layer_norm()
 
@@ -164,29 +166,13 @@ class ViT(nn.Module):
             "attention": L arrays (B, H, T, T), probabilities, float32;
             "head_outputs": L arrays (B, H, T, d), attention x values.
         """
-        x = tokens.astype(self.spec.dtype)
-        residual, attention, head_outputs = [x], [], []
-        bias = (
-            relative_bias(self.rel_table, self.spec)
-            if self.spec.relative == "shared"
-            else None
-        )
-        keys = [None] * self.spec.depth
-        if key is not None and self.spec.drop_path:
-            keys = jax.random.split(key, self.spec.depth)
-        for i in range(self.spec.depth):
-            taps = self.block[i](x, bias, keys[i])
-            x = shard_batch(taps["mlp"])
-            residual += [taps["attn"], x]
-            attention.append(taps["attention"])
-            head_outputs.append(taps["head_outputs"])
-        if self.spec.final_norm:
-            x = self.ln_final(x).astype(self.spec.dtype)
-        return x, {
-            "residual": tuple(residual),
-            "attention": tuple(attention),
-            "head_outputs": tuple(head_outputs),
-        }
+        spec = self.spec
+        shared = spec.relative == "shared"
+        bias = relative_bias(self.rel_table, spec) if shared else None
+        x, taps = through(self.block, tokens.astype(spec.dtype), bias, key)
+        if spec.final_norm:
+            x = self.ln_final(x).astype(spec.dtype)
+        return x, taps
 
     def __call__(
         self, images: jax.Array, key: jax.Array | None = None, train: bool = False
@@ -230,6 +216,77 @@ def make(**fields: object) -> ViT:
     if spec.stem == "conv" and (spec.patch < 2 or spec.patch & (spec.patch - 1)):
         raise ValueError(f"a conv stem needs patch 2, 4, 8, 16 ..., got {spec.patch}")
     return ViT(spec)
+
+
+class Decoder(nn.Module):
+    """MAE's decoder (He et al. 2022, section 3): blocks of its own width.
+
+    `spec` is that of its blocks; what it has of the encoder are prefix, grid and patch.
+    """
+
+    spec: Spec
+
+    def setup(self) -> None:
+        spec = self.spec
+        linear = {"kernel_init": initializers(spec)["linear"], "dtype": spec.dtype}
+        self.proj = nn.Dense(spec.width, **linear)
+        self.block = blocks(spec)
+        self.ln_final = layer_norm()
+        self.pixels = nn.Dense(3 * spec.patch**2, **linear)
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """The encoder's tokens (B, any number, D) in the decoder's width."""
+        return self.proj(tokens)
+
+    def decode(self, x: jax.Array) -> tuple[jax.Array, dict[str, tuple]]:
+        """All tokens (B, T, width), in order -> as `ViT.encode`.
+
+        The positions are constants: fixed sin-cos, nothing for the prefix.
+        """
+        spec = self.spec
+        table = sincos_table(spec.grid, spec.width, rows_first=False)
+        table = np.pad(table, ((spec.prefix, 0), (0, 0)))[None]  # (1, T, width)
+        x = shard_batch(x.astype(spec.dtype) + jnp.asarray(table, spec.dtype))
+        x, taps = through(self.block, x, None, None)
+        return self.ln_final(x).astype(spec.dtype), taps
+
+    def predict(self, tokens: jax.Array) -> jax.Array:
+        """Decoded tokens (B, T, width) -> patches (B, N, P * P * 3), float32."""
+        return self.pixels(tokens[:, self.spec.prefix :]).astype(jnp.float32)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Pixels of patches of which none was hidden: (B, T, D) -> (B, N, 3PP)."""
+        return self.predict(self.decode(self.embed(tokens))[0])
+
+
+def blocks(spec: Spec) -> list["Block"]:
+    """The blocks of a network, for its `setup`."""
+    block = nn.remat(Block) if spec.remat else Block
+    return [block(spec, i) for i in range(spec.depth)]
+
+
+def through(
+    blocks: Sequence["Block"],
+    x: jax.Array,
+    bias: jax.Array | None,
+    key: jax.Array | None,
+) -> tuple[jax.Array, dict[str, tuple[jax.Array, ...]]]:
+    """Run tokens (B, T, D) through blocks: the last output, and the taps by name."""
+    residual, attention, head_outputs = [x], [], []
+    keys = [None] * len(blocks)
+    if key is not None and blocks[0].spec.drop_path:
+        keys = jax.random.split(key, len(blocks))
+    for block, own in zip(blocks, keys, strict=True):
+        taps = block(x, bias, own)
+        x = shard_batch(taps["mlp"])
+        residual += [taps["attn"], x]
+        attention.append(taps["attention"])
+        head_outputs.append(taps["head_outputs"])
+    return x, {
+        "residual": tuple(residual),
+        "attention": tuple(attention),
+        "head_outputs": tuple(head_outputs),
+    }
 
 
 class Block(nn.Module):

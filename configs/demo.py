@@ -7,16 +7,18 @@
 About a minute each on two CPU cores. Encoder, optimizer and schedule are the same for
 all three, so that only the objective varies: SimMIM's kind of encoder and AdamW groups,
 shrunk to 32-pixel images, and a learning rate high enough to see something in a minute.
-No published result: it exists to be watched.
+No published result: it exists to be watched. A fourth run, demo.py:mae, is not part of
+the demo: MAE needs absolute positions in place of the relative bias.
 """
 
 from ml_collections import ConfigDict
 
-STEPS = {"moco_v3": 75, "simmim": 180, "hybrid": 50}  # about a minute each
+# About a minute each.
+STEPS = {"moco_v3": 75, "simmim": 180, "hybrid": 50, "mae": 180}
 
 
 def get_config(name: str = "hybrid") -> ConfigDict:
-    """The run `name`: moco_v3, simmim or hybrid."""
+    """The run `name`: moco_v3, simmim, hybrid or mae."""
     if name not in STEPS:
         raise ValueError(f"configs/demo.py:{name} does not exist; known: {list(STEPS)}")
     config = ConfigDict({"seed": 0, "batch": 128})
@@ -41,7 +43,8 @@ def get_config(name: str = "hybrid") -> ConfigDict:
     config.input = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     moco_v3, simmim = contrastive(), masked()
     hybrid = dict(name="hybrid", lam=0.2, mim=simmim, cl=moco_v3)
-    config.objective = {"moco_v3": moco_v3, "simmim": simmim, "hybrid": hybrid}[name]
+    methods = (moco_v3, simmim, hybrid, autoencoded())
+    config.objective = next(m for m in methods if m["name"] == name)
     config.data = dict(
         source=dict(name="photos", length=4096, side=48),
         workers=0,
@@ -59,8 +62,13 @@ def get_config(name: str = "hybrid") -> ConfigDict:
         no_decay=(r".*/(bias|scale|gamma_[12])", "encoder/cls_token"),
         schedule=dict(name="cosine", base=2e-3, minimum=0.0, warmup_epochs=0.3),
     )
+    if name == "mae":
+        config.encoder.update(position="mae_sincos", relative="none")
+        config.optim.frozen = ("encoder/pos_embed",)
     config.mesh = dict(fsdp=1)
     config.log = dict(every=5, save=30, keep=2, tensorboard=False)
+    config.eval = dict(epochs=0.0, images=0)
+    config.xray = dict(share=0.01, least=50, images=64)
     config.init = dict(path="")
     return config
 
@@ -98,4 +106,16 @@ def masked() -> dict:
         flip_p=0.5,
         mask_unit=8,
         mask_ratio=0.6,
+    )
+
+
+def autoencoded() -> dict:
+    """MAE with a decoder half as wide, two thirds as deep as the encoder."""
+    return dict(
+        name="mae",
+        crop=dict(area=(0.2, 1.0), aspect=(3 / 4, 4 / 3), filter="bicubic"),
+        flip_p=0.5,
+        mask_ratio=0.75,
+        norm_pix=True,
+        decoder=dict(width=48, depth=4, heads=3),
     )

@@ -1,5 +1,6 @@
 """Tiny encoders and what the recordings agree with: shared by several tests."""
 
+import copy
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ from ml_collections import ConfigDict
 from clvsmim import vit
 from clvsmim.build import Program
 from clvsmim.configs import demo
-from clvsmim.objectives import Objective, hybrid, moco_v3, simmim
+from clvsmim.objectives import Objective, hybrid, mae, moco_v3, simmim
 
 TINY = {
     "image": (32, 32),
@@ -36,6 +37,7 @@ SIMMIM = TINY | {
     "qkv_bias": "qv",
     "init": "simmim",
 }
+MAE = TINY | {"position": "mae_sincos", "init": "mae"}
 
 
 def tiny(base: dict = TINY, **fields: object) -> vit.ViT:
@@ -98,6 +100,18 @@ def tiny_simmim(encoder: vit.ViT) -> Objective:
     )
 
 
+def tiny_mae(encoder: vit.ViT, **changes: Any) -> Objective:
+    """The recorded MAE: 75% hidden, a decoder of two blocks of width 32."""
+    given = {
+        "crop": CROP | {"area": (0.2, 1.0)},
+        "flip_p": 0.5,
+        "mask_ratio": 0.75,
+        "norm_pix": True,
+        "decoder": {"width": 32, "depth": 2, "heads": 4},
+    }
+    return mae.make(encoder=encoder, **given | COLOUR | changes)
+
+
 def tiny_hybrid(encoder: vit.ViT, lam: float) -> Objective:
     """(1 - lam) SimMIM + lam MoCo v3."""
     mim, cl = tiny_simmim(encoder), tiny_moco_v3(encoder)
@@ -115,6 +129,36 @@ def tiny_objectives() -> dict[str, Objective]:
 
 # LLVM's optimisations are half of the time that compiling takes; XLA's stay.
 QUICK = {"xla_backend_optimization_level": 0}
+# Everything that `classify` can do, on every block.
+LABELS = {
+    "name": "classify",
+    "classes": 16,
+    "tune": "all",
+    "blocks": "all",
+    "pool": "patches",
+    "norm": "batch",
+    "head_std": 0.01,
+    "rates": (1.0,),
+    "crop": {"area": (0.08, 1.0), "aspect": (3 / 4, 4 / 3), "filter": "bicubic"},
+    "eval_crop": {"resize": 37, "filter": "bicubic"},
+    "flip_p": 0.5,
+    "rand_augment": {"ops": 2, "p": 0.5, "magnitude": 9.0, "spread": 0.5},
+    "erasing": {"p": 0.25, "area": (0.02, 1 / 3), "aspect": (0.3, 1 / 0.3)},
+    "mix": {"mixup": 0.8, "cutmix": 1.0, "switch_p": 0.5},
+    "smoothing": 0.1,
+    "average": 0.9,
+}
+
+
+def recipe(name: str) -> ConfigDict:
+    """configs/demo.py:NAME; for "classify" its encoder and optimizer with labels."""
+    if name != "classify":
+        return demo.get_config(name)
+    config = demo.get_config("simmim")
+    config.objective = copy.deepcopy(LABELS)
+    return config
+
+
 HEADS = {"projector": (64, 64, 32), "predictor": (64, 32)}
 
 
@@ -124,14 +168,14 @@ def small(name: str, **changes: Any) -> ConfigDict:
     Weights are Xavier's and layer scale is 1: with those of the demo, images hardly
     differ behind two narrow blocks, and BatchNorm would normalise rounding.
     """
-    config = demo.get_config(name)
+    config = recipe(name)
     config.epochs, config.batch = 2.0, 16
     config.data.source = {"name": "photos", "length": 64, "side": 24}
     config.encoder.update(image=(16, 16), width=32, depth=2, heads=2)
     config.encoder.update(init="moco_v3", layer_scale=1.0, drop_path=0.3)
-    objective = config.objective
-    if name != "simmim":
-        (objective.cl if name == "hybrid" else objective).update(HEADS)
+    contrastive = config.objective.get("cl", config.objective)
+    if contrastive.name == "moco_v3":
+        contrastive.update(HEADS)
     config.update_from_flattened_dict(changes)
     return config
 

@@ -13,7 +13,13 @@ import pytest
 from models import pictures, quick
 
 from clvsmim import build, mesh, optim, tree
-from clvsmim.configs import demo, photos_hybrid, photos_moco_v3, photos_simmim
+from clvsmim.configs import (
+    demo,
+    photos_hybrid,
+    photos_mae,
+    photos_moco_v3,
+    photos_simmim,
+)
 
 DECAYED = (1.0, True, False, 1.0)
 PLAIN = (0.0, True, False, 1.0)
@@ -121,6 +127,49 @@ HYBRID = SIMMIM_ENCODER | {
     "heads/moco_v3/predictor/fc_1/kernel": DECAYED,
 }
 
+# MAE spares vectors alone: CLS and mask token are decayed (methods 4.5).
+MAE_ENCODER = {
+    "encoder/cls_token": DECAYED,
+    "encoder/pos_embed": FROZEN,
+    "encoder/patch_embed/kernel": DECAYED,
+    "encoder/patch_embed/bias": PLAIN,
+    "encoder/block_{i}/ln1/scale": PLAIN,
+    "encoder/block_{i}/ln1/bias": PLAIN,
+    "encoder/block_{i}/attn/q/kernel": DECAYED,
+    "encoder/block_{i}/attn/q/bias": PLAIN,
+    "encoder/block_{i}/attn/k/kernel": DECAYED,
+    "encoder/block_{i}/attn/k/bias": PLAIN,
+    "encoder/block_{i}/attn/v/kernel": DECAYED,
+    "encoder/block_{i}/attn/v/bias": PLAIN,
+    "encoder/block_{i}/attn/out/kernel": DECAYED,
+    "encoder/block_{i}/attn/out/bias": PLAIN,
+    "encoder/block_{i}/ln2/scale": PLAIN,
+    "encoder/block_{i}/ln2/bias": PLAIN,
+    "encoder/block_{i}/mlp/fc1/kernel": DECAYED,
+    "encoder/block_{i}/mlp/fc1/bias": PLAIN,
+    "encoder/block_{i}/mlp/fc2/kernel": DECAYED,
+    "encoder/block_{i}/mlp/fc2/bias": PLAIN,
+    "encoder/ln_final/scale": PLAIN,
+    "encoder/ln_final/bias": PLAIN,
+}
+# Blocks {j} of its decoder, four in every recipe; its positions are constants.
+MAE_HEADS = {
+    "heads/mask_token": DECAYED,
+    "heads/decoder/proj/kernel": DECAYED,
+    "heads/decoder/proj/bias": PLAIN,
+    **{
+        name.replace("encoder/", "heads/decoder/").replace("{i}", "{j}"): row
+        for name, row in MAE_ENCODER.items()
+        if "block" in name or "ln_final" in name
+    },
+    "heads/decoder/pixels/kernel": DECAYED,
+    "heads/decoder/pixels/bias": PLAIN,
+}
+MAE = MAE_ENCODER | MAE_HEADS
+# The demo's encoder and optimizer are SimMIM's, but for the positions.
+DEMO_MAE = {k: v for k, v in SIMMIM_ENCODER.items() if "rel_table" not in k}
+DEMO_MAE |= {"encoder/pos_embed": FROZEN} | MAE_HEADS
+
 # LARS of MoCo v3: what torch stores with one dimension is neither decayed nor scaled.
 SCALED = (1.0, True, False, 1.0)
 VECTOR = (0.0, False, False, 1.0)
@@ -180,9 +229,11 @@ def moco_v3_with_lars():
 RECIPES = {
     "photos_moco_v3": (photos_moco_v3.get_config, MOCO, 0.1),
     "photos_simmim": (photos_simmim.get_config, SIMMIM, 0.05),
+    "photos_mae": (photos_mae.get_config, MAE, 0.05),
     "photos_hybrid": (photos_hybrid.get_config, HYBRID, 0.05),
     "demo:moco_v3": (functools.partial(demo.get_config, "moco_v3"), CONTRASTIVE, 0.05),
     "demo:simmim": (functools.partial(demo.get_config, "simmim"), SIMMIM, 0.05),
+    "demo:mae": (functools.partial(demo.get_config, "mae"), DEMO_MAE, 0.05),
     "demo:hybrid": (functools.partial(demo.get_config, "hybrid"), HYBRID, 0.05),
     "moco_v3 with LARS": (moco_v3_with_lars, LARS, 1e-6),
 }
@@ -197,12 +248,12 @@ def parts(config):
     return build.abstract_params(method)[0], optimizer
 
 
-def expanded(table, depth):
-    """One row per leaf."""
+def expanded(table, depth, inner=4):
+    """One row per leaf, of `depth` blocks {i} and `inner` ones {j} of a decoder."""
     return {
-        name.format(i=i): row
+        name.format(i=i, j=i): row
         for name, row in table.items()
-        for i in range(depth if "{i}" in name else 1)
+        for i in range(depth if "{i}" in name else inner if "{j}" in name else 1)
     }
 
 

@@ -11,11 +11,11 @@ from models import QUICK, pictures, small
 
 from clvsmim import build, mesh, tree
 
-METHODS = ("simmim", "moco_v3", "hybrid")
+METHODS = ("simmim", "mae", "classify", "moco_v3", "hybrid")
 GRIDS = {"data 8": (8, 1), "data 4, fsdp 2": (8, 2), "data 2, fsdp 4": (8, 4)}
 # Law 8: relative, float32 at highest precision.
 FIRST = 1e-6
-THIRD = {"simmim": 1e-5, "moco_v3": 1e-3, "hybrid": 1e-3}
+THIRD = {"simmim": 1e-5, "mae": 1e-5, "classify": 1e-5, "moco_v3": 1e-3, "hybrid": 1e-3}
 
 
 @functools.cache

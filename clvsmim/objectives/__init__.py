@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from clvsmim import plugin
 from clvsmim.data.crops import RandomResizedCrop
+from clvsmim.flops import Forward
 
 Tree = Any
 
@@ -35,6 +36,17 @@ class Objective:
       after: `(params, extra, progress) -> extra`, after the optimizer (EMA).
       reconstruct: `(params, extra, inputs) -> (image, mask, reconstruction)`, each
         (B, rows, columns, 3), normalised as the inputs; None if there is none.
+      decoder: `(params, extra) -> (model, variables)`, a decoder of blocks to measure:
+        `model` has a `spec` and `apply(variables, images)`, as a `ViT`; None without.
+      view: the crop of an image to evaluate on, where there is an evaluation.
+      evaluate: `(params, extra, inputs) -> {name: float32 (B,)}`, per image, of inputs
+        that `prepare(..., train=False)` made of that one view; None if there is none.
+      frozen: names of parameters that are never trained, as regular expressions; a
+        recipe's `optim.frozen` adds to them.
+      lr_scales: (regular expression, factor) of parameters with a learning rate of
+        their own; the first that matches counts.
+      flops: operations of one image's forward passes, for the log; None if nobody
+        counted them.
     """
 
     name: str
@@ -45,6 +57,12 @@ class Objective:
     loss: Callable
     after: Callable
     reconstruct: Callable | None = None
+    decoder: Callable | None = None
+    view: Callable | None = None
+    evaluate: Callable | None = None
+    frozen: tuple[str, ...] = ()
+    lr_scales: tuple[tuple[str, float], ...] = ()
+    flops: Forward | None = None
 
 
 def random_crop(

@@ -4,6 +4,7 @@ from functools import partial
 
 import jax
 
+from clvsmim.flops import Forward
 from clvsmim.objectives import Objective, Tree
 from clvsmim.vit import ViT
 
@@ -32,6 +33,7 @@ def make(*, encoder: ViT, lam: float, mim: Objective, cl: Objective) -> Objectiv
         raise ValueError("the two objectives of a hybrid need its own encoder")
     parts = tuple((w, part) for w, part in ((1 - lam, mim), (lam, cl)) if w)
     reconstructs = [p for _, p in parts if p.reconstruct]
+    decoders = [p for _, p in parts if p.decoder]
     return Objective(
         name=NAME,
         encoder=encoder,
@@ -41,7 +43,17 @@ def make(*, encoder: ViT, lam: float, mim: Objective, cl: Objective) -> Objectiv
         loss=partial(loss, parts),
         after=partial(after, parts),
         reconstruct=partial(reconstruct, reconstructs[0]) if reconstructs else None,
+        flops=work(parts),
+        decoder=partial(decoder, decoders[0]) if decoders else None,
     )
+
+
+def work(parts: Parts) -> Forward | None:
+    """The sum over the branches, if all are counted."""
+    found = [part.flops for _, part in parts]
+    if not all(found):
+        return None
+    return Forward(*(sum(kind) for kind in zip(*found, strict=True)))
 
 
 def of(tree: Tree, part: Objective) -> Tree:
@@ -117,3 +129,8 @@ def after(parts: Parts, params: Tree, extra: Tree, progress: jax.Array) -> Tree:
 def reconstruct(part: Objective, params: Tree, extra: Tree, inputs: dict) -> tuple:
     """The MIM branch's picture."""
     return part.reconstruct(of(params, part), of(extra, part), inputs[part.name])
+
+
+def decoder(part: Objective, params: Tree, extra: Tree) -> tuple:
+    """The MIM branch's decoder."""
+    return part.decoder(of(params, part), of(extra, part))

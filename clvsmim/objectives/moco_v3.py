@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from clvsmim import plugin, views
+from clvsmim import flops, plugin, views
 from clvsmim.heads import MLPHead
 from clvsmim.objectives import (
     Objective,
@@ -18,7 +18,7 @@ from clvsmim.objectives import (
     init_encoder,
     random_crop,
 )
-from clvsmim.vit import ViT
+from clvsmim.vit import Spec, ViT
 
 NAME = "moco_v3"
 
@@ -69,9 +69,17 @@ def make(
         views=tuple(random_crop(f"{NAME}/{i}", size, crop) for i in (1, 2)),
         prepare=partial(prepare, recipes),
         init=partial(init, encoder, heads),
-        loss=partial(loss, encoder, heads, tau),
+        loss=partial(loss, encoder, heads, tau, momentum),
         after=partial(after, momentum),
+        flops=work(encoder.spec, projector, predictor),
     )
+
+
+def work(spec: Spec, projector: tuple, predictor: tuple) -> flops.Forward:
+    """Two views through the student and the teacher; the teacher has no predictor."""
+    project = flops.embed(spec) + flops.encode(spec) + flops.mlp(spec.width, projector)
+    predict = flops.mlp(projector[-1], predictor)
+    return flops.Forward(trained=2 * (project + predict), frozen=2 * project)
 
 
 def prepare(recipes: tuple, key: jax.Array, batch: dict, *, train: bool) -> tuple:
@@ -114,6 +122,7 @@ def loss(
     encoder: ViT,
     heads: dict,
     tau: float,
+    momentum: float,
     params: Tree,
     extra: Tree,
     inputs: tuple,
@@ -122,8 +131,10 @@ def loss(
     progress: jax.Array,
     train: bool,
 ) -> tuple[jax.Array, tuple[Tree, dict]]:
-    """ctr(q1, k2) + ctr(q2, k1), symmetrised over the two views (section 3)."""
-    del progress
+    """ctr(q1, k2) + ctr(q2, k1), symmetrised over the two views (section 3).
+
+    Logged is the rate at which the teacher in use was last moved.
+    """
     modules = {"encoder": encoder} | heads
     student = {"encoder": params["encoder"]} | params["heads"]
     stats = {"encoder": extra["encoder"]} | extra["heads"]
@@ -140,7 +151,8 @@ def loss(
     first, hits = contrast(queries[0], keys[1], tau)
     second, _ = contrast(queries[1], keys[0], tau)
     extra = split(stats, teacher=teacher, teacher_stats=teacher_stats)
-    return first + second, (extra, {"top1": hits})
+    logs = {"top1": hits, "ema_rate": ema_rate(momentum, progress)}
+    return first + second, (extra, logs)
 
 
 def project(

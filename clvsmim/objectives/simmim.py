@@ -1,12 +1,13 @@
 """SimMIM (Xie et al. 2022): hide large blocks of an image, predict their pixels."""
 
+import math
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from clvsmim import masks, views
+from clvsmim import flops, masks, views
 from clvsmim.heads import PixelDecoder
 from clvsmim.inits import cut_normal
 from clvsmim.objectives import Objective, Tree, apply, fold, init_encoder, random_crop
@@ -53,6 +54,11 @@ def make(
         loss=partial(loss, encoder, decoder),
         after=lambda params, extra, progress: extra,
         reconstruct=partial(reconstruct, encoder, decoder),
+        flops=flops.Forward(
+            flops.embed(spec)
+            + flops.encode(spec)  # hidden patches are tokens too
+            + flops.linear(math.prod(spec.grid), spec.width, 3 * spec.patch**2)
+        ),
     )
 
 
