@@ -1,16 +1,20 @@
 """Host views: `(PIL image, numpy Generator) -> uint8 (h, w, 3)`, run by the workers."""
 
+import io
 import math
 import pathlib
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+
+from clvsmim.data import Unreadable
 
 FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
 }
+SHRINKS = (1, 2, 4, 8)  # what a JPEG can be decoded at
 Box = tuple[int, int, int, int]  # left, upper, right, lower, in pixels
 
 
@@ -24,6 +28,8 @@ class RandomResizedCrop:
       area: smallest and largest share of the image's area.
       aspect: smallest and largest width / height, log-uniform between.
       filter: "bilinear" or "bicubic", both antialiased.
+      once: one draw, whose sides are cut to those of the image, instead of ten tries:
+        the crop of BYOL and of MAE's linear probe.
     """
 
     name: str
@@ -31,6 +37,7 @@ class RandomResizedCrop:
     area: tuple[float, float]
     aspect: tuple[float, float]
     filter: str
+    once: bool = False
 
     def __post_init__(self) -> None:
         _check_filter(self.filter)
@@ -38,10 +45,29 @@ class RandomResizedCrop:
         _check_range("aspect", self.aspect, math.inf)
 
     def __call__(
-        self, image: Image.Image, generator: np.random.Generator
+        self,
+        image: Image.Image,
+        generator: np.random.Generator,
+        full: tuple[int, int] | None = None,
     ) -> np.ndarray:
-        box = random_box(image.size, self.area, self.aspect, generator)
-        return _resize(image.crop(box), self.size, self.filter)
+        """The crop of an image, or of its smaller copy: the draws are then those of the
+        image, whose size in pixels is `full`."""
+        box = self._box(full or image.size, generator)
+        if full is None:
+            return _resize(image.crop(box), self.size, self.filter)
+        part = tuple(x * image.size[i % 2] / full[i % 2] for i, x in enumerate(box))
+        size = self.size[1], self.size[0]
+        return to_array(image.resize(size, FILTERS[self.filter], box=part))
+
+    def shrink(self, size: tuple[int, int], generator: np.random.Generator) -> int:
+        """How many times smaller, 1, 2, 4 or 8, an image may be decoded for this draw,
+        so that the box is still no smaller than the result."""
+        left, upper, right, lower = self._box(size, generator)
+        room = min((right - left) / self.size[1], (lower - upper) / self.size[0])
+        return max(k for k in SHRINKS if k <= max(room, 1))
+
+    def _box(self, size: tuple[int, int], generator: np.random.Generator) -> Box:
+        return random_box(size, self.area, self.aspect, generator, once=self.once)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,13 +115,15 @@ def random_box(
     area: tuple[float, float],
     aspect: tuple[float, float],
     generator: np.random.Generator,
+    *,
+    once: bool = False,
 ) -> Box:
     """Ten tries to place a box of random area and aspect; then the largest centred one.
 
     Args:
       size: (width, height) of the image, Pillow's order.
-      area, aspect: ranges, see `RandomResizedCrop`.
-      generator: advanced by four draws per try.
+      area, aspect, once: see `RandomResizedCrop`.
+      generator: advanced by four draws for a box that fits, by two for another.
     """
     width, height = size
     low, high = math.log(aspect[0]), math.log(aspect[1])
@@ -104,6 +132,8 @@ def random_box(
         ratio = math.exp(generator.uniform(low, high))
         w = round(math.sqrt(target * ratio))
         h = round(math.sqrt(target / ratio))
+        if once:
+            w, h = max(1, min(w, width)), max(1, min(h, height))
         if 0 < w <= width and 0 < h <= height:
             left = int(generator.integers(0, width - w + 1))
             upper = int(generator.integers(0, height - h + 1))
@@ -127,29 +157,56 @@ def read_image(path: pathlib.Path) -> Image.Image:
     """Decode a file to RGB.
 
     Raises:
-      ValueError: the file is missing or is no image, with its name.
+      Unreadable: the file is missing or is no image, with its name.
     """
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError) as error:
-        raise ValueError(_unreadable(path, error)) from error
+            return to_image(image)
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def open_image(name: str, data: bytes) -> Image.Image:
+    """An image whose header alone is read so far; `to_image` decodes the rest.
+
+    Raises:
+      Unreadable: the bytes are no image, with the name.
+    """
+    try:
+        image = Image.open(io.BytesIO(data))
+    except Exception as error:  # each of Pillow's plugins has its own
+        raise unreadable(name, error) from error
+    image.filename = name  # to be named if the pixels turn out to be broken
+    return image
 
 
 def to_image(image: Image.Image | np.ndarray) -> Image.Image:
     """A decoded RGB image of a Pillow image or of a uint8 array (h, w, 3).
 
+    Of an animation the first frame; transparency is dropped, as PIL's `convert` and
+    TensorFlow's decoder do; 16 bits become 8; an orientation tag is left alone.
+
     Raises:
-      ValueError: the file under a Pillow image cannot be read, with its name.
+      Unreadable: the file under a Pillow image cannot be read, with its name.
     """
     if isinstance(image, np.ndarray):
         return Image.fromarray(image)
     try:
         image.load()  # Pillow reads the pixels now, and a short file is found out
-    except (OSError, SyntaxError) as error:
-        name = getattr(image, "filename", "without a name")
-        raise ValueError(_unreadable(name, error)) from error
-    return image.convert("RGB") if image.mode != "RGB" else image
+        return _rgb(image)
+    except Exception as error:  # each of Pillow's plugins has its own
+        raise unreadable(getattr(image, "filename", "") or "?", error) from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I"):  # 16 bits of grey, which `convert` would clip
+        grey = np.clip(np.asarray(image) >> 8, 0, 255)
+        image = Image.fromarray(grey.astype(np.uint8))
+    if "transparency" in image.info:  # it warns unless it goes by way of RGBA
+        image = image.convert("RGBA")
+    return image.convert("RGB")
 
 
 def to_array(image: Image.Image) -> np.ndarray:
@@ -157,8 +214,14 @@ def to_array(image: Image.Image) -> np.ndarray:
     return np.asarray(to_image(image))
 
 
-def _unreadable(name: object, error: Exception) -> str:
-    return f"cannot read the image {name}: {error}; replace or remove the file"
+def unreadable(name: object, error: Exception) -> Unreadable:
+    """The error for an image that cannot be read."""
+    what = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, UnidentifiedImageError):  # whose text names a memory address
+        what = "it is no image"
+    return Unreadable(
+        f"cannot read the image {name}: {what}; replace or remove the file"
+    )
 
 
 def _resize(image: Image.Image, size: tuple[int, int], filter: str) -> np.ndarray:
