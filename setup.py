@@ -11,9 +11,11 @@ README = pathlib.Path(__file__).parent / "README.md"
 # that Python 3.11 (jax 0.10) and later ones (jax 0.12) each get what fits them.
 CORE = [
     "absl-py",
+    "array-record",
     "clu",
     "etils[epath]",
     "flax>=0.12",
+    "google-crc32c",  # the checksum of TFRecord files
     "grain>=0.2.18",
     "importlib_resources",  # tensorflow-datasets imports it without asking for it
     "jax>=0.10",

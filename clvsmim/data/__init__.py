@@ -10,13 +10,18 @@ import numpy as np
 from PIL import Image
 
 
+class Unreadable(ValueError):
+    """One image cannot be decoded. The pipeline may put another one in its place."""
+
+
 class Source(Protocol):
     """Random access to labelled images; can be pickled.
 
     `source[i]` is `{"image": PIL image or uint8 array (h, w, 3), "label": int,
     "index": int}`, with further integers where a source has them, and always the same
-    for the same i. A file that cannot be read is a ValueError with its name. Labels
-    are 0 to `num_classes - 1`.
+    for the same i. The Pillow image may be one that was only opened: its pixels are
+    decoded when a view asks for them. An image that cannot be read is `Unreadable`,
+    with its name. Labels are 0 to `num_classes - 1`.
     """
 
     name: str

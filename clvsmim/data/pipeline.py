@@ -6,20 +6,24 @@ So a checkpoint needs no iterator state.
 """
 
 import functools
+import sys
+import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
+from PIL import Image
 
-from clvsmim.data import HostView, Source
-from clvsmim.data.crops import to_image
+from clvsmim.data import HostView, Source, Unreadable
+from clvsmim.data.crops import open_image, to_image
 
-Example = dict[str, Any]
-# Positions before the stream ends; Grain's own endless repeat overflows when batched.
-ENDLESS = 2**48
+Batch = dict[str, Any]
+Example = dict[str, Any]  # an item of a source, and its crops under "views"
+ENDLESS = 2**40  # steps before the stream ends
+TRIES = 1000  # images drawn for one position before giving up
 
 
 def batches(
@@ -35,6 +39,9 @@ def batches(
     threads: int = 1,
     prefetch: int = 2,
     shuffle: bool = True,
+    repeats: int = 1,
+    unreadable: int = 100,
+    draft: bool = False,
 ) -> grain.DatasetIterator:
     """An endless iterator of training batches; call `close()` on it when done.
 
@@ -52,36 +59,47 @@ def batches(
         `next`.
       prefetch: batches that are ready or in the making, per process.
       shuffle: a new order every epoch; False keeps the order of the source.
+      repeats: each image comes so many times in a row, with other crops, and an epoch
+        keeps its number of samples: it sees 1 / repeats of the images (DeiT).
+      unreadable: so many images that cannot be read are each replaced by another one,
+        drawn from (seed, position), and named once on stderr; per process.
+      draft: decode a JPEG at 1/2, 1/4 or 1/8 where a crop is still no smaller than its
+        result. Faster for photographs of many megapixels, and not quite the same.
 
     Returns:
       batches `{"views": tuple of uint8 (b, h, w, 3), "label": int32 (b,), "index":
       int32 (b,)}`, and any other integer that the source gives.
 
     Raises:
-      ValueError: the batch does not divide, an empty source, views that share a name.
+      ValueError: the batch does not divide, an empty source, views that share a name;
+        while reading, one image more than `unreadable` that cannot be read.
     """
     rows = _rows(batch, process, processes)
     _check_views(views)
     if not len(source):
         raise ValueError(f"the source {source.name!r} has no images")
-    data = grain.MapDataset.source(source)
-    if shuffle:
-        data = data.shuffle(seed=_entropy(seed, "order"))
-    crop = functools.partial(_train_example, views=tuple(views), seed=seed)
-    data = data.repeat(ENDLESS // len(source)).map_with_index(crop)
-    # A slice of batches, so one row of `data` is the rows of one process.
-    data = data.batch(rows)[process::processes][start:]
-    read = grain.ReadOptions(
-        num_threads=threads, prefetch_buffer_size=max(threads, prefetch)
-    )
-    steps = data.to_iter_dataset(read)
-    if workers:
-        _allow_flags()
-        options = grain.MultiprocessingOptions(
-            num_workers=workers, per_worker_buffer_size=max(1, prefetch)
+    if repeats < 1 or unreadable < 0:
+        raise ValueError(
+            f"repeats={repeats} must be >= 1, unreadable={unreadable} >= 0"
         )
-        steps = steps.mp_prefetch(options)
-    return iter(steps)
+    order = grain.MapDataset.range(len(source))
+    if shuffle:
+        order = order.shuffle(seed=_entropy(seed, "order"))
+    example = functools.partial(
+        _train_example,
+        source=source,
+        order=order,
+        views=tuple(views),
+        seed=seed,
+        repeats=repeats,
+        failed=Failures(source.name, unreadable),
+        draft=draft,
+    )
+    make = functools.partial(_batch, example=example, batch=batch, first=process * rows)
+    data = grain.MapDataset.range(ENDLESS)[start:]
+    return _iterate(
+        data.map(functools.partial(make, rows=rows)), workers, threads, prefetch
+    )
 
 
 def eval_batches(
@@ -95,18 +113,22 @@ def eval_batches(
     skip: int = 0,
     limit: int | None = None,
     copies: int = 1,
+    workers: int = 0,
     threads: int = 1,
     prefetch: int = 2,
+    unreadable: int = 0,
 ) -> grain.DatasetIterator:
     """One pass in the order of the source; the last batch is padded.
 
     Args:
       source, view: what to read; a random view gets the same draws in every pass.
-      batch, process, processes, threads, prefetch: as in `batches`.
+      batch, process, processes, workers, threads, prefetch: as in `batches`.
       start: the batch to begin at; equal to skipping that many.
       skip: leave out so many images, the first ones.
       limit: read only this many images of the rest, the first ones.
       copies: each image comes so many times in a row, with other draws each time.
+      unreadable: so many images that cannot be read count as padding, and are named
+        on stderr; one more is an error.
 
     Returns:
       batches like those of `batches`, with one view and "weight" float32 (b,): 1 for
@@ -121,16 +143,46 @@ def eval_batches(
             f"nothing to read from {source.name!r}: {len(source)} images, limit "
             f"{limit}, {skip} left out"
         )
-    padded = -(-count // batch) * batch
     example = functools.partial(
-        _eval_example, source=source, view=view, count=count, skip=skip, copies=copies
+        _eval_example,
+        source=source,
+        view=view,
+        count=count,
+        skip=skip,
+        copies=copies,
+        failed=Failures(source.name, unreadable),
     )
-    data = grain.MapDataset.range(padded).map(example)
-    data = data.batch(rows)[process::processes][start:]
-    read = grain.ReadOptions(
-        num_threads=threads, prefetch_buffer_size=max(threads, prefetch)
+    make = functools.partial(_batch, example=example, batch=batch, first=process * rows)
+    data = grain.MapDataset.range(-(-count // batch))[start:]
+    return _iterate(
+        data.map(functools.partial(make, rows=rows)), workers, threads, prefetch
     )
-    return iter(data.to_iter_dataset(read))
+
+
+class Failures:
+    """Names each image that cannot be read once, and counts them up to a limit."""
+
+    def __init__(self, source: str, limit: int) -> None:
+        self.source, self.limit = source, limit
+        self.found: dict[str, None] = {}
+        self.lock = threading.Lock()
+
+    def add(self, error: Unreadable, instead: str) -> None:
+        """Raises ValueError if it is one too many."""
+        with self.lock:
+            if str(error) in self.found:
+                return
+            self.found[str(error)] = None
+            if len(self.found) > self.limit:
+                raise ValueError(
+                    f"{len(self.found)} images of {self.source!r} cannot be read, and "
+                    f"data.unreadable allows {self.limit}; the last: "
+                    + "; ".join(list(self.found)[-3:])
+                ) from error
+            print(f"{error} ({instead})", file=sys.stderr, flush=True)
+
+    def __reduce__(self) -> tuple:
+        return Failures, (self.source, self.limit)  # a process counts for itself
 
 
 def generator(seed: int, position: int, name: str) -> np.random.Generator:
@@ -139,26 +191,119 @@ def generator(seed: int, position: int, name: str) -> np.random.Generator:
 
 
 def _train_example(
-    position: int, item: Example, *, views: tuple[HostView, ...], seed: int
+    position: int,
+    *,
+    source: Source,
+    order: grain.MapDataset,
+    views: tuple[HostView, ...],
+    seed: int,
+    repeats: int,
+    failed: Failures,
+    draft: bool,
 ) -> Example:
-    image = to_image(item["image"])
-    crops = [view(image, generator(seed, position, view.name)) for view in views]
-    return _example(item, crops)
+    """The item at a position, or, while that cannot be read, another one."""
+    epoch, place = divmod(position, len(source))
+    index = order[epoch * len(source) + place // repeats]
+    draws = functools.partial(generator, seed, position)
+    for attempt in range(TRIES):
+        try:
+            item = source[index]
+            return item | {"views": _crops(item["image"], views, draws, draft)}
+        except Unreadable as error:
+            failed.add(error, "another image takes its place")
+            index = int(draws(f"instead {attempt}").integers(len(source)))
+    raise ValueError(f"of {TRIES} images of {source.name!r} none can be read")
+
+
+def _crops(
+    image: Any, views: tuple[HostView, ...], draws: Callable, draft: bool
+) -> list[np.ndarray]:
+    if draft and getattr(image, "format", None) == "JPEG" and image.fp:
+        return _drafted(image, views, draws)
+    image = to_image(image)
+    return [view(image, draws(view.name)) for view in views]
+
+
+def _drafted(
+    image: Image.Image, views: tuple[HostView, ...], draws: Callable
+) -> list[np.ndarray]:
+    """Crops of a JPEG that is open but not decoded, of the smallest copy that does.
+
+    Each view decides for itself, so that its crop does not depend on the others.
+    """
+    image.fp.seek(0)
+    data, full = image.fp.read(), image.size
+
+    @functools.cache
+    def decoded(shrink: int) -> Image.Image:
+        copy = open_image(image.filename, data)
+        copy.draft(None, (full[0] // shrink, full[1] // shrink))
+        return to_image(copy)
+
+    crops = []
+    for view in views:
+        shrink = getattr(view, "shrink", None)
+        times = shrink(full, draws(view.name)) if shrink else 1
+        smaller = {"full": full} if times > 1 else {}
+        crops.append(view(decoded(times), draws(view.name), **smaller))
+    return crops
 
 
 def _eval_example(
-    position: int, *, source: Source, view: HostView, count: int, skip: int, copies: int
+    position: int,
+    *,
+    source: Source,
+    view: HostView,
+    count: int,
+    skip: int,
+    copies: int,
+    failed: Failures,
 ) -> Example:
     image, copy = divmod(min(position, count - 1), copies)
-    item = source[skip + image]
-    crop = view(to_image(item["image"]), generator(copy, item["index"], view.name))
     weight = np.float32(position < count)
-    return _example(item, [crop]) | {"weight": weight}
+    try:
+        item = source[skip + image]
+        crop = view(to_image(item["image"]), generator(copy, item["index"], view.name))
+    except Unreadable as error:
+        failed.add(error, "it is left out")
+        item = {"label": 0, "index": skip + image}
+        crop, weight = np.zeros((*view.size, 3), np.uint8), np.float32(0)
+    return item | {"views": [crop], "weight": weight}
 
 
-def _example(item: Example, crops: list[np.ndarray]) -> Example:
-    numbers = {k: np.int32(v) for k, v in item.items() if k != "image"}
-    return {"views": tuple(crops), **numbers}
+def _batch(step: int, *, example: Callable, batch: int, first: int, rows: int) -> Batch:
+    """The rows of one process; each crop is copied once, to its place."""
+    result: Batch = {}
+    for row in range(rows):
+        item = example(step * batch + first + row)
+        crops = item.pop("views")
+        item.pop("image", None)
+        if not row:
+            result["views"] = tuple(np.empty((rows, *x.shape), x.dtype) for x in crops)
+            for key in item:
+                kind = np.float32 if key == "weight" else np.int32
+                result[key] = np.zeros(rows, kind)
+        for array, crop in zip(result["views"], crops, strict=True):
+            array[row] = crop
+        for key, x in item.items():
+            result[key][row] = x
+    return result
+
+
+def _iterate(
+    data: grain.MapDataset, workers: int, threads: int, prefetch: int
+) -> grain.DatasetIterator:
+    read = grain.ReadOptions(
+        num_threads=threads, prefetch_buffer_size=max(threads, prefetch)
+    )
+    steps = data.to_iter_dataset(read)
+    if workers:
+        _allow_flags()
+        options = grain.MultiprocessingOptions(
+            num_workers=workers, per_worker_buffer_size=max(1, prefetch)
+        )
+        steps = steps.mp_prefetch(options)
+    return iter(steps)
 
 
 def _entropy(seed: int, name: str) -> int:
