@@ -19,6 +19,8 @@ from ml_collections import ConfigDict, config_flags
 from clvsmim import plugin
 
 VERBS = {
+    "convert-data": "rewrite TFRecord files or a folder of images as ArrayRecord",
+    "inspect-data": "show what a config will train on, and how fast it can be read",
     "train": "train an encoder by a config",
     "analyze": "measure a trained encoder, write a report",
     "compare": "show two or more analyses side by side",
@@ -31,7 +33,7 @@ def main() -> None:
     """The console script."""
     argv = sys.argv[1:]
     if not argv or argv[0] in ("-h", "--help", "help"):
-        verbs = "\n".join(f"  {verb:10}{what}" for verb, what in VERBS.items())
+        verbs = "\n".join(f"  {verb:14}{what}" for verb, what in VERBS.items())
         usage = "usage: clvsmim VERB ...   (clvsmim VERB --help tells more)\n"
         print(usage, verbs, sep="\n", file=sys.stdout if argv else sys.stderr)
         raise SystemExit(0 if argv else 2)
@@ -39,7 +41,7 @@ def main() -> None:
     verb, *rest = argv
     if verb not in VERBS:
         fail("clvsmim", plugin.unknown("verb", verb, VERBS))
-    run(importlib.import_module(f"clvsmim.{verb}"), rest)
+    run(importlib.import_module(f"clvsmim.{verb.replace('-', '_')}"), rest)
 
 
 # On Linux, XLA's CPU buffers are hundreds of megabytes, new in every step; with 4 KiB
@@ -62,7 +64,7 @@ def run(module: object, argv: Sequence[str] | None = None) -> None:
     """Run the `main(argv)` of a command's module and turn bad input into one line."""
     spec = module.__spec__  # knows the name of what `python -m` runs as __main__
     name = spec.name if spec else module.__name__
-    name = "clvsmim " + name.rsplit(".", 1)[-1]
+    name = "clvsmim " + name.rsplit(".", 1)[-1].replace("_", "-")
     try:
         module.main(list(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:

@@ -20,6 +20,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarni
 
 DEMO = f"--config={runs.ROOT}/configs/demo.py"
 FLAGS = {
+    "convert-data": ("SRC", "DST", "gs://"),
+    "inspect-data": ("--config", "--out", "--images", "--images_per_second", "--rows"),
     "train": ("--config", "--workdir"),
     "analyze": (
         *("--out", "--split", "--images", "--skip", "--train_images", "--batch"),
@@ -281,12 +283,14 @@ def test_recipes_are_found_where_there_is_no_clone(refused_config, monkeypatch):
 def test_an_unknown_variant_names_the_known_ones(refused_config):
     line = refused_config(config=f"{DEMO}:simmin")
     assert "demo.py:simmin" in line
-    assert all(name in line for name in runs.OBJECTIVES)
+    assert all(name in line for name in ("moco_v3", "simmim", "hybrid", "mae"))
 
 
 def test_what_must_be_given_is_named(refused, tmp_path):
     assert "--config is missing" in refused("train", f"--workdir={tmp_path}/x")
     assert "--workdir is missing" in refused("train", f"{DEMO}:simmim")
+    assert "--config is missing" in refused("inspect-data")
+    assert "expected SRC and DST, got 1" in refused("convert-data", "a")
     assert "expected one WORKDIR" in refused("analyze")
     assert "expected one WORKDIR" in refused("analyze", "a", "b")
     assert list(tmp_path.iterdir()) == []
