@@ -8,6 +8,7 @@ import datetime
 import io
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +20,9 @@ from tqdm import tqdm
 
 UPLOAD_SECONDS = 60.0  # between two uploads of a log that lies in a bucket
 SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+# A loss or accuracy of one head among several, "eval/top1/block_3/rate_0.1".
+HEAD = re.compile(r"/rate_[^/]+$")
 
 Record = dict[str, Any]
 
@@ -131,6 +135,39 @@ class TensorBoard:
         self._writer.close()
 
 
+class Speed:
+    """How fast a run is, from one record to the next; the first has nothing before it.
+
+    Args:
+      images: per step.
+      flops: of a step per image; None if they are not counted.
+      peak: operations per second of all devices together; None if unknown.
+    """
+
+    def __init__(self, *, images: int, flops: float | None, peak: float | None):
+        self._images = images
+        self._share = flops / peak if flops and peak else None
+        self._before = None
+
+    def __call__(self, step: int, seconds: float, waited: float) -> Record:
+        """What to log at `step`, `seconds` after the start, `waited` of them for data.
+
+        All is wall time, with evaluations, X-rays and checkpoints in it: "images_per_
+        second"; "data_wait", the share that the loop stood still for the next batch;
+        and "mfu", model FLOP utilisation, see `flops`, where it can be known.
+        """
+        before, self._before = self._before, (step, seconds, waited)
+        if before is None or seconds <= before[1]:
+            return {}
+        time = seconds - before[1]
+        rate = (step - before[0]) * self._images / time
+        found = {
+            "images_per_second": round(rate, 3),
+            "data_wait": round((waited - before[2]) / time, 5),
+        }
+        return found | ({"mfu": rate * self._share} if self._share else {})
+
+
 class Progress:
     """A bar on a terminal, a line every few seconds elsewhere, with speed and losses.
 
@@ -154,6 +191,7 @@ class Progress:
         self._total, self._images, self._every = total, images, every
         self._stream, self._clock = stream or sys.stderr, clock
         self._seen = None  # (step, time) of the record before; none before compilation
+        self._found: list[str] = []  # by the last evaluation
         self._printed = -math.inf
         self._bar = self._make_bar(start) if self._stream.isatty() else None
 
@@ -164,23 +202,28 @@ class Progress:
         )
 
     def write(self, record: Record) -> None:
-        """Show a record: the speed since the one before it, and its losses.
+        """Show a record: the speed since the one before it, its losses, and what the
+        last evaluation found; the record of an evaluation at once.
 
         The time of a record is its "seconds", if it has any: it is written late, and
         two of them may be written at once.
         """
         step, now = int(record["step"]), self._clock()
         at = record.get("seconds", now)
-        text = ", ".join([*self._speed(step, at), *_losses(record)])
+        evaluation = _shown(record, "eval/")
+        self._found = evaluation or self._found
+        own = [] if evaluation else [*self._speed(step, at), *_shown(record, "loss")]
+        text = ", ".join([*own, *self._found])
         if self._bar is not None:
             self._bar.set_description_str(text, refresh=False)
             self._bar.update(step - self._bar.n)
-        elif step >= self._total or now - self._printed >= self._every:
+        elif evaluation or step >= self._total or now - self._printed >= self._every:
             self._printed = now
             percent = 100 * step // self._total
             line = f"step {step}/{self._total} ({percent}%)"
             print(", ".join(filter(None, [line, text])), file=self._stream, flush=True)
-        self._seen = step, at
+        if not evaluation:
+            self._seen = step, at
 
     def _speed(self, step: int, now: float) -> list[str]:
         if self._seen is None or now <= self._seen[1] or step <= self._seen[0]:
@@ -198,8 +241,14 @@ class Progress:
             self._bar.close()
 
 
-def _losses(record: Record) -> list[str]:
-    return [f"{k} {float(v):.4g}" for k, v in record.items() if "loss" in k]
+def _shown(record: Record, what: str) -> list[str]:
+    """The numbers whose names hold `what`, but for those of single heads of several;
+    of these the best top-1, and not how many images an evaluation had."""
+    found = {k: float(v) for k, v in record.items() if what in k and k != "eval/images"}
+    heads = [v for k, v in found.items() if k.startswith("eval/top1/")]
+    if heads:
+        found["best eval/top1"] = max(heads)
+    return [f"{k} {v:.4g}" for k, v in found.items() if not HEAD.search(k)]
 
 
 def _is_number(value: Any) -> bool:

@@ -78,5 +78,7 @@ def get_config() -> ConfigDict:
     )
     config.mesh = dict(fsdp=1)
     config.log = dict(every=10, save=640, keep=2, tensorboard=False)
+    config.eval = dict(epochs=0.0, images=0)
+    config.xray = dict(share=0.01, least=50, images=64)
     config.init = dict(path="")
     return config

@@ -228,3 +228,53 @@ def test_progress_speed_starts_at_the_step_it_was_taken_up():
     now[0] = 2.0
     bar.write({"step": 92})
     assert "128 images/s" in stream.getvalue().splitlines()[1]
+
+
+def test_progress_shows_an_evaluation_at_once_and_until_the_next():
+    stream = io.StringIO()
+    bar, now = progress(stream, every=10.0)
+    bar.write({"step": 10, "loss": 2.0})
+    now[0] = 5.0
+    bar.write({"step": 20, "loss": 1.0})  # not yet
+    now[0] = 6.0
+    bar.write({"step": 20, "eval/top1": 0.3125, "eval/loss": 1.5, "eval/images": 512})
+    now[0] = 25.0
+    bar.write({"step": 30, "loss": 0.5})
+    bar.close()
+    assert stream.getvalue().splitlines() == [
+        "step 10/100 (10%), loss 2",
+        "step 20/100 (20%), eval/top1 0.3125, eval/loss 1.5",
+        "step 30/100 (30%), 128 images/s, 0:02:20 left, loss 0.5, eval/top1 0.3125, "
+        "eval/loss 1.5",
+    ]
+
+
+def test_speed_is_that_between_two_records():
+    speed = log.Speed(images=64, flops=2e9, peak=1e12)
+    assert speed(10, 30.0, 1.0) == {}  # compilation
+    found = speed(20, 32.0, 1.5)
+    assert found["images_per_second"] == 320
+    assert found["data_wait"] == 0.25
+    assert found["mfu"] == pytest.approx(320 * 2e9 / 1e12)
+    assert speed(30, 36.0, 1.5)["images_per_second"] == 160
+
+
+@pytest.mark.parametrize("flops, peak", [(None, 1e12), (2e9, None)])
+def test_utilisation_is_left_out_where_it_is_unknown(flops, peak):
+    speed = log.Speed(images=64, flops=flops, peak=peak)
+    speed(1, 1.0, 0.0)
+    assert set(speed(2, 2.0, 0.0)) == {"images_per_second", "data_wait"}
+
+
+def test_tensorboard_writes_nested_names(tmp_path):
+    pytest.importorskip("tensorflow")
+    from tensorboard.backend.event_processing import event_accumulator
+
+    board = log.TensorBoard(tmp_path)
+    record = {"step": 5, "xray/nmi/block_1": 0.25, "gradient_norm": 2.0}
+    board.write(record | {"gradient_norm/patch_embed": 1.0})
+    board.close()
+    events = event_accumulator.EventAccumulator(str(tmp_path))
+    events.Reload()
+    tags = {*events.Tags()["tensors"]}
+    assert {"xray/nmi/block_1", "gradient_norm", "gradient_norm/patch_embed"} <= tags
