@@ -10,6 +10,7 @@ Three trainings from different seeds of each method let the paper's claims be ju
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -42,9 +43,13 @@ def compare(
     *,
     title: str = "",
     lead: str = "",
+    first: Sequence[Any] = (),
     notes: Sequence[str] = (),
 ) -> epath.Path:
-    """Write the report of analyses; returns the path of report.html."""
+    """Write the report of analyses; returns the path of report.html.
+
+    `first` are sections that lead the page, `notes` end it.
+    """
     from clvsmim import present  # matplotlib is slow to import
 
     names = present.names(folders)
@@ -55,7 +60,8 @@ def compare(
     ]
     drawn = list(zip(runs, folders, strict=True))
     title = title or f"{len(runs)} models side by side"
-    return present.page(out, title, drawn, lead=lead, notes=[*notes, *why])
+    notes = [*notes, *why]
+    return present.page(out, title, drawn, lead=lead, first=first, notes=notes)
 
 
 def similarities(
