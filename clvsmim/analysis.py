@@ -43,6 +43,19 @@ METRICS = (
     "probe",
     "knn",
 )
+# What makes sense on the blocks of a decoder too.
+DECODER_METRICS = (
+    "distance",
+    "nmi",
+    "offsets",
+    "diversity",
+    "smoothing",
+    "variance",
+    "displacement",
+    "spectrum",
+    "fourier",
+    "amplitude",
+)
 
 
 def make_metrics(names: Sequence[str], facts: dict[str, Any]) -> dict[str, Metric]:

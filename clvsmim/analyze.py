@@ -6,7 +6,8 @@
 Everything is measured in one pass over the images; probes need another one, over
 training images. Stopped, it goes on where it last saved. Writes to WORKDIR/analysis:
 report.html with figures and tables, series.json (every number), state.npz (sums that
-`clvsmim merge` adds to those of other images), pictures.npz.
+`clvsmim merge` adds to those of other images), pictures.npz. The blocks of MAE's
+decoder are measured too, in one more pass, and follow those of the encoder.
 """
 
 import json
@@ -22,7 +23,7 @@ from clvsmim import analysis, build, cli, meta, pictures, plugin, tree
 from clvsmim.checkpoint import restore_params
 from clvsmim.data.crops import to_image
 from clvsmim.measure import Part, Settings, Subject, forget, make_parts, measure
-from clvsmim.metrics import Series
+from clvsmim.metrics import Series, continued
 from clvsmim.objectives import Objective
 
 Tree = Any
@@ -138,6 +139,7 @@ def analyze(workdir: str, out: str, settings: Settings) -> list[Series]:
     subject = Subject(name, encoder, run.variables, **run.config["input"])
     whole = measure(subject, parts, metrics, stamp=stamp, out=out, settings=settings)
     series = analysis.series(metrics, whole.states)
+    series += behind(run, parts["test"], stamp, out, settings)
     if jax.process_index() == 0:
         # Without it nothing here counts as measured, whatever else is from before.
         epath.Path(f"{out}/series.json").unlink(missing_ok=True)
@@ -145,8 +147,39 @@ def analyze(workdir: str, out: str, settings: Settings) -> list[Series]:
         analysis.save(f"{out}/state.npz", whole)
         about = {"config": run.config, "workdir": str(workdir), "step": run.step}
         analysis.write_series(out, series, asked | about)
-    forget(out)
+    for place in (out, decoder_of(out)):
+        forget(place)
     return series
+
+
+def decoder_of(out: str) -> str:
+    """The folder for the states of a decoder, beside those of its encoder."""
+    return f"{out}/decoder"
+
+
+def behind(
+    run: Trained, part: Part, stamp: dict[str, Any], out: str, settings: Settings
+) -> list[Series]:
+    """Measure the decoder, if there is one to measure: whole images, nothing hidden."""
+    file = epath.Path(f"{decoder_of(out)}/state.npz")
+    names = [n for n in analysis.DECODER_METRICS if n in settings.metrics]
+    if not (run.objective.decoder and names):
+        file.unlink(missing_ok=True)
+        return []
+    model, variables = run.objective.decoder(run.params, run.extra)
+    classes = stamp["facts"]["classes"]
+    facts = analysis.facts_of(model, group=settings.group, classes=classes)
+    metrics = analysis.make_metrics(names, facts)
+    depth = run.objective.encoder.spec.depth
+    own = {"encoder": analysis.digest(variables), "metrics": names, "facts": facts}
+    own = json.loads(json.dumps({**stamp, **own, "behind": depth}))
+    name = f"the decoder of {run.config['objective']['name']}"
+    subject = Subject(name, model, variables, **run.config["input"])
+    where = {"stamp": own, "out": decoder_of(out), "settings": settings}
+    whole = measure(subject, {"test": part}, metrics, **where)
+    if jax.process_index() == 0:
+        analysis.save(str(file), whole)
+    return [continued(s, depth) for s in analysis.series(metrics, whole.states)]
 
 
 def save_pictures(run: Trained, part: Part, path: str, rows: int = 4) -> list[Series]:

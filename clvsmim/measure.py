@@ -52,7 +52,10 @@ class Settings(NamedTuple):
 
 
 class Subject(NamedTuple):
-    """What is measured: an encoder with its weights, by its name, and its input."""
+    """What is measured: an encoder with its weights, by its name, and its input.
+
+    Anything that has a `spec` and an `apply` as a `ViT`: the decoder of MAE is another.
+    """
 
     name: str
     encoder: ViT

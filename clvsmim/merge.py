@@ -18,6 +18,9 @@ from absl import flags
 from etils import epath
 
 from clvsmim import analysis, cli, meta
+from clvsmim.analysis import Analysis
+from clvsmim.analyze import decoder_of
+from clvsmim.metrics import Series, continued
 
 
 def main(argv: Sequence[str]) -> None:
@@ -44,19 +47,14 @@ def merge(folders: Sequence[str], out: str) -> None:
     Raises:
       ValueError: a folder holds no analysis, or the analyses do not belong together.
     """
-    first = analysis.find(folders[0])
-    whole, _ = analysis.load(f"{first}/state.npz")
-    stamp = whole.stamp
-    facts = stamp["facts"] | {"grid": tuple(stamp["facts"]["grid"])}
-    metrics = analysis.make_metrics(stamp["metrics"], facts)
-    for folder in folders[1:]:
-        other, _ = analysis.load(f"{analysis.find(folder)}/state.npz")
-        try:
-            whole = analysis.merge(metrics, whole, other)
-        except ValueError as error:
-            raise ValueError(f"{folders[0]} and {folder}: {error}") from error
+    places = [analysis.find(folder) for folder in folders]
+    inner, first = [decoder_of(place) for place in places], places[0]
+    whole, series = added(folders, places)
+    decoder = None
+    if epath.Path(f"{inner[0]}/state.npz").exists():
+        decoder, more = added(folders, inner)
+        series += [continued(s, decoder.stamp["behind"]) for s in more]
     meta.check_writable(out, "--out")
-    series = analysis.series(metrics, whole.states)
     found = analysis.read_series(first)
     about = {k: found[k] for k in ("config", "workdir", "step")}
     pictures = epath.Path(first) / "pictures.npz"
@@ -65,10 +63,29 @@ def merge(folders: Sequence[str], out: str) -> None:
     known = {s.name for s in series}  # not sums: what was measured on single images
     series += [s for s in found["series"] if s.name not in known]
     analysis.save(f"{out}/state.npz", whole)
+    if decoder:
+        analysis.save(f"{decoder_of(out)}/state.npz", decoder)
     count = len(next(iter(whole.ids.values())))
     # Not the first so many images: no later measurement is taken for this one.
-    asked = {"stamp": stamp, "images": count, "skip": None}
+    asked = {"stamp": whole.stamp, "images": count, "skip": None}
     analysis.write_series(out, series, asked | about)
+
+
+def added(
+    folders: Sequence[str], places: Sequence[str]
+) -> tuple[Analysis, list[Series]]:
+    """The merge of the states in all `places`, and what it says."""
+    whole, _ = analysis.load(f"{places[0]}/state.npz")
+    stamp = whole.stamp
+    facts = stamp["facts"] | {"grid": tuple(stamp["facts"]["grid"])}
+    metrics = analysis.make_metrics(stamp["metrics"], facts)
+    for folder, place in zip(folders[1:], places[1:], strict=True):
+        other, _ = analysis.load(f"{place}/state.npz")
+        try:
+            whole = analysis.merge(metrics, whole, other)
+        except ValueError as error:
+            raise ValueError(f"{folders[0]} and {folder}: {error}") from error
+    return whole, analysis.series(metrics, whole.states)
 
 
 if __name__ == "__main__":

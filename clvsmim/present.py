@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from clvsmim import analysis, claims, log
+from clvsmim import analysis, claims, labelled, log, timeline
 from clvsmim.build import make_encoder
 from clvsmim.metrics import Series
 from clvsmim.report import (
@@ -20,8 +20,20 @@ from clvsmim.report import (
     write,
 )
 
-FAMILIES = {"moco_v3": "cl", "simmim": "mim", "hybrid": "hybrid"}
-TITLES = {"moco_v3": "MoCo v3 (CL)", "simmim": "SimMIM (MIM)", "hybrid": "hybrid"}
+FAMILIES = {
+    "moco_v3": "cl",
+    "simmim": "mim",
+    "mae": "mim",
+    "hybrid": "hybrid",
+    "classify": "supervised",
+}
+TITLES = {
+    "moco_v3": "MoCo v3 (CL)",
+    "simmim": "SimMIM (MIM)",
+    "mae": "MAE (MIM)",
+    "hybrid": "hybrid",
+    "classify": "supervised",
+}
 
 
 def one(out: str) -> epath.Path:
@@ -39,11 +51,13 @@ def read(out: str, name: str = "", more: Sequence[Series] = ()) -> Run:
     """
     found = analysis.read_series(out)
     objective = found["config"]["objective"]
-    records = log.read(f"{found['workdir']}/log.jsonl")
+    workdir = found["workdir"]
+    records = log.read(f"{workdir}/log.jsonl")
+    also = [*labelled.series(workdir), *timeline.series(workdir), *more]
     return Run(
         name=name or title(objective),
-        family=FAMILIES.get(objective["name"], ""),
-        series=[*found["series"], *more],
+        family=FAMILIES.get(method(objective), ""),
+        series=[*found["series"], *also],
         log=records,
         facts=facts(found["config"], found, records),
     )
@@ -54,9 +68,9 @@ def measured(out: str) -> claims.Measured:
     found = analysis.read_series(out)
     objective = found["config"]["objective"]
     return claims.Measured(
-        method=objective["name"],
+        method=method(objective),
         seed=found["config"]["seed"],
-        series=found["series"],
+        series=[*found["series"], *labelled.series(found["workdir"])],
         lam=objective.get("lam"),
         images=json.dumps([found["stamp"]["data"], found["images"], found["skip"]]),
     )
@@ -82,9 +96,19 @@ def place(out: str) -> tuple[str, ...]:
     return (path.parent if path.name == "analysis" else path).parts
 
 
+def method(objective: dict[str, Any]) -> str:
+    """The method as the claims know it: a hybrid at λ = 0 or 1 is the one it consists
+    of, and only those with SimMIM are the paper's."""
+    if "lam" not in objective:
+        return objective["name"]
+    mim, cl = objective["mim"]["name"], objective["cl"]["name"]
+    other = "hybrid" if mim == "simmim" else f"hybrid with {mim}"
+    return {0: mim, 1: cl}.get(objective["lam"], other)
+
+
 def title(objective: dict[str, Any]) -> str:
     """The method as a legend calls it."""
-    name = TITLES.get(objective["name"], objective["name"])
+    name = TITLES.get(method(objective), method(objective))
     return f"{name}, λ = {objective['lam']:g}" if "lam" in objective else name
 
 
@@ -93,14 +117,22 @@ def facts(config: dict, found: dict, records: list[dict]) -> dict[str, str]:
     spec = make_encoder(config["encoder"]).spec
     size = f"width {spec.width}, depth {spec.depth}, {spec.heads} heads"
     images = f"{spec.image[0]} x {spec.image[1]} px, patch {spec.patch}"
+    objective = config["objective"]
+    mim = objective["mim"] if "mim" in objective else objective
     shown = {
         "encoder": f"{size}; {images}",
         "trained on": f"{config['data']['source']['name']}, "
         f"{found['step'] * config['batch']:,} images in {found['step']:,} steps",
         "measured on": f"{found['images']:,} {found['stamp']['data']['split']} images",
     }
-    if records:
-        shown["final loss"] = f"{records[-1]['loss']:.4g}"
+    if "decoder" in mim:
+        inner = mim["decoder"]
+        shown["decoder"] = (
+            f"width {inner['width']}, depth {inner['depth']}, {inner['heads']} heads"
+        )
+    losses = [r["loss"] for r in records if "loss" in r]  # evaluations have none
+    if losses:
+        shown["final loss"] = f"{losses[-1]:.4g}"
     return shown
 
 
@@ -110,16 +142,18 @@ def page(
     runs: Sequence[tuple[Run, str]],
     *,
     lead: str = "",
+    first: Sequence[Section] = (),
     notes: Sequence[str] = (),
 ) -> epath.Path:
-    """Write the report of runs and their analysis folders."""
+    """Write the report of runs and their analysis folders; `first` leads the page."""
     drawn = [(run, pictures(out)) for run, out in runs]
     models = [measured(out) for _, out in runs]
     verdicts = claims.to_json(claims.judge(models))
     text = json.dumps(verdicts, indent=1, ensure_ascii=False)
     analysis.write_whole(f"{folder}/data/claims.json", f"{text}\n".encode())
-    shown = (seeing(drawn), looking(drawn), claimed(models), *SECTIONS, alike(drawn))
-    shown += (near(drawn),)
+    places = [(run, analysis.read_series(out)["workdir"]) for run, out in runs]
+    shown = (*first, seeing(drawn), looking(drawn), claimed(models))
+    shown += (timeline.section(places), *SECTIONS, alike(drawn), near(drawn))
     return write(
         folder,
         title=heading,
@@ -149,6 +183,7 @@ def seeing(drawn: Sequence[tuple[Run, dict]]) -> Section | None:
     text = (
         "Masked image modelling hides blocks of an image and predicts their pixels. "
         "Visible patches are copied from the original; only hidden ones are predicted. "
+        "MAE predicts them without their mean and contrast, which are put back here. "
         "These images were never trained on."
     )
     return (
@@ -347,6 +382,7 @@ SECTIONS = (
         "last block, masked image modelling in the middle.",
         (
             "ridge probe accuracy",
+            *labelled.NAMES.values(),
             "ridge probe alpha",
             "k-NN accuracy",
             "k-NN accuracy, top 5",

@@ -103,6 +103,7 @@ from typing import Any
 
 from clvsmim import plugin
 from clvsmim.metrics._contract import (
+    DECODER,
     FEATURES,
     KINDS,
     PARTS,
@@ -112,6 +113,7 @@ from clvsmim.metrics._contract import (
     Series,
     block_axis,
     check_tokens,
+    continued,
     group_weights,
     image_features,
     mean_series,

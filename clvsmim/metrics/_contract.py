@@ -16,6 +16,7 @@ Features = dict[str, Any]  # of tuples of arrays, or of arrays
 FEATURES = ("residual", "attention", "head_outputs", "output", "label", "index")
 PARTS = ("test", "train", "views")
 KINDS = ("depth", "curve", "matrix")
+DECODER = "decoder: "  # how the name of a series begins that continues another one
 CACHE = 2**21  # bytes of features that a CPU works on at a time
 
 
@@ -58,6 +59,7 @@ class Series:
       source: the figure of the paper that shows it, or "".
       count: number of images averaged.
       notes: sentences a reader must see beside the numbers.
+      marks: entries of `values` to point at, by their indices.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Series:
     source: str
     count: int
     notes: tuple[str, ...] = ()
+    marks: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -98,7 +101,8 @@ class Series:
     def from_json(cls, plain: dict[str, Any]) -> "Series":
         """The inverse of `to_json`, also after a round trip through JSON text."""
         axes = tuple(Axis(a["name"], _tuples(a["values"])) for a in plain["axes"])
-        return cls(**{**plain, "axes": axes, "notes": tuple(plain["notes"])})
+        tuples = {k: _tuples(plain[k]) for k in ("notes", "marks") if k in plain}
+        return cls(**{**plain, "axes": axes, **tuples})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -299,6 +303,26 @@ def image_features(
 def group_weights(weights: jax.Array, group: int) -> jax.Array:
     """(B,) weights of images -> (B / group,): 1 for a group of real images only."""
     return weights.reshape(-1, group).min(axis=1)
+
+
+def continued(series: Series, depth: int) -> Series:
+    """A series of a decoder, to be drawn behind an encoder of `depth` blocks.
+
+    Blocks go on counting, the decoder's input is at `depth`.
+    """
+
+    def later(axis: Axis) -> Axis:
+        if axis.name not in ("block", "depth"):
+            return axis
+        values = (
+            (v[0] + depth, v[1]) if isinstance(v, tuple) else v + depth
+            for v in axis.values
+        )
+        return Axis(axis.name, tuple(values))
+
+    return dataclasses.replace(
+        series, name=DECODER + series.name, axes=tuple(map(later, series.axes))
+    )
 
 
 def block_axis(count: int) -> Axis:

@@ -79,6 +79,22 @@ def dots(ax: Axes, x: np.ndarray, values: np.ndarray, look: Look) -> None:
     ax.scatter(x, values, s=7, color=look.color, alpha=0.38, linewidths=0, zorder=2)
 
 
+def hand_over(ax: Axes, pairs: Sequence[tuple[Any, Any]]) -> None:
+    """Shade what is behind the end of an encoder, for each (its axis, the decoder's).
+
+    Between two blocks the border is in the middle; on the residual stream it is where
+    the decoder's input is drawn over the encoder's output.
+    """
+    borders = {(a.positions.max() + b.positions.min()) / 2 for a, b in pairs}
+    end = max((b.positions.max() for _, b in pairs), default=0.0)
+    for border in sorted(borders):
+        ax.axvspan(border, end + 0.5, color=GREY, alpha=0.1, linewidth=0, zorder=0)
+        ax.axvline(border, color=GREY, lw=0.9, ls=(0, (2, 2)), zorder=1)
+        place = ((border + end) / 2, 1.0)
+        name = ax.annotate("decoder", place, xycoords=ax.get_xaxis_transform())
+        name.set(color=GREY, fontsize=8, ha="center", va="bottom")
+
+
 def legend(
     figure: Figure, looks: Mapping[str, Look], dashes: Mapping[str, Any] | None = None
 ) -> None:

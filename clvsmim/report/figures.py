@@ -34,10 +34,15 @@ class Panel:
     small: bool
 
 
-def panels(drawn: Mapping[str, Any], looks: Mapping[str, Look]) -> list[Panel]:
+def panels(
+    drawn: Mapping[str, Any],
+    looks: Mapping[str, Look],
+    behind: Mapping[str, Any] | None = None,
+) -> list[Panel]:
     """Draw one quantity of several runs, `{run: series}`, all of one kind.
 
-    A run without a finite number is left out; without any there is no panel.
+    Of some runs it may go on `behind` the depth of the encoder, in the decoder. A run
+    without a finite number is left out; without any there is no panel.
 
     Raises:
       ValueError: the series have another kind or number of axes than can be drawn.
@@ -56,7 +61,8 @@ def panels(drawn: Mapping[str, Any], looks: Mapping[str, Look]) -> list[Panel]:
         return [_panel(run, _family(s, low, high)) for run, s in drawn.items()]
     if kind == "curve" and axes == 1 and _named(next(iter(drawn.values())).axes[0]):
         return [_panel("", _categories(drawn, looks))]
-    return [_panel("", _lines(drawn, looks, kind))]
+    later = {run: s for run, s in (behind or {}).items() if run in drawn}
+    return [_panel("", _lines(drawn, looks, kind, later))]
 
 
 def log_panels(
@@ -84,7 +90,12 @@ def log_panels(
     return result
 
 
-def _lines(drawn: Mapping[str, Any], looks: Mapping[str, Look], kind: str) -> Figure:
+def _lines(
+    drawn: Mapping[str, Any],
+    looks: Mapping[str, Look],
+    kind: str,
+    behind: Mapping[str, Any],
+) -> Figure:
     """All runs in one panel, with bands for the standard error.
 
     A second axis of a few names has a dash pattern per name. Any other one (heads) is
@@ -92,8 +103,9 @@ def _lines(drawn: Mapping[str, Any], looks: Mapping[str, Look], kind: str) -> Fi
     """
     first, at = next(iter(drawn.values())), 0 if kind == "depth" else -1
     dashes = {}
+    numbers = {run: i for i, run in enumerate(drawn)}
     with canvas.figure(WIDE) as (figure, ax):
-        for i, (run, series) in enumerate(drawn.items()):
+        for run, series in (*drawn.items(), *behind.items()):
             axis, look = series.axes[at], looks[run]
             values = np.moveaxis(series.values, at, 0)  # (n,) or (n, others)
             errors = series.stderr
@@ -106,13 +118,15 @@ def _lines(drawn: Mapping[str, Any], looks: Mapping[str, Look], kind: str) -> Fi
                     canvas.line(ax, axis, values[:, j], error, look, dashes[name])
                 continue
             if other:
-                shift = 0.13 * (i - (len(drawn) - 1) / 2)
+                shift = 0.13 * (numbers[run] - (len(drawn) - 1) / 2)
                 canvas.dots(ax, axis.positions + shift, values, look)
                 values = mean(values, 1)
                 errors = None if errors is None else mean(errors, 1)
             canvas.line(ax, axis, values, errors, look)
         ax.set(xlabel=first.axes[at].name, ylabel=canvas.y_label(first))
-        canvas.x_ticks(ax, [series.axes[at] for series in drawn.values()])
+        canvas.x_ticks(ax, [s.axes[at] for s in (*drawn.values(), *behind.values())])
+        pairs = [(drawn[run].axes[at], s.axes[at]) for run, s in behind.items()]
+        canvas.hand_over(ax, pairs)
         canvas.legend(figure, {run: looks[run] for run in drawn}, dashes)
     return figure
 
@@ -147,6 +161,8 @@ def _matrix(series: Any, limits: tuple[float, float]) -> Figure:
     # Depth grows upwards; a map of the image lies as the image does.
     origin = "lower" if down.name.startswith(("block", "depth", "head")) else "upper"
     size = (SMALL[0], 2.7) if columns == 1 else (WIDE[0], 1.2 * rows + 0.6)
+    time = across.name == "step"  # as wide as there is room, whatever its entries
+    size = (WIDE[0], 2.7) if time else size
     with matplotlib.rc_context({**style.RC, "axes.grid": False}):
         figure = Figure(figsize=size)
         grid = figure.subplots(rows, columns, squeeze=False)
@@ -154,7 +170,10 @@ def _matrix(series: Any, limits: tuple[float, float]) -> Figure:
             ax.set_axis_off()
         for ax, i in zip(grid.flat, chosen, strict=False):
             image = ax.imshow(stack[i], origin=origin, vmin=limits[0], vmax=limits[1])
+            ax.set_aspect("auto" if time else "equal")
             ax.spines[:].set_visible(False)
+            for y, x in () if lead else series.marks:
+                ax.plot(x, y, "^", color="#E3008C", mec="white", mew=0.8, ms=8)
             if lead:
                 ax.set(xticks=[], yticks=[])
                 ax.set_title(f"{lead[0].name} {lead[0].labels[i]}", fontsize=8, pad=3)

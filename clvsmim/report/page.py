@@ -3,16 +3,19 @@
 import base64
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jinja2
 import numpy as np
 from etils import epath
 
+from clvsmim.metrics import DECODER
 from clvsmim.report import figures, images, logs, style, tables
 from clvsmim.report.images import Gallery
 from clvsmim.report.parts import Run, Section
+
+SHADED = "Shaded: the blocks of the decoder, on whole images."
 
 
 def write(
@@ -43,6 +46,7 @@ def write(
     folder = epath.Path(folder)
     page = Page(folder, style.looks((run.name, run.family) for run in runs))
     drawn = _by_name(runs)
+    sections = [replace(s, series=_with_decoders(s.series, drawn)) for s in sections]
     parts = [
         page.part(section, {n: drawn[n] for n in section.series if n in drawn})
         for section in _complete(sections, drawn, runs)
@@ -91,7 +95,13 @@ class Page:
         return stem
 
     def part(self, section: Section, drawn: Mapping[str, Mapping[str, Any]]) -> dict:
-        found = [self.figure(name, runs) for name, runs in drawn.items()]
+        behind = {n: _behind(n, drawn) for n in drawn}
+        joined = {DECODER + n for n, found in behind.items() if found}
+        found = [
+            self.figure(name, runs, behind[name])
+            for name, runs in drawn.items()
+            if name not in joined
+        ]
         return {
             "title": section.title,
             "id": self.stem(f"part {section.title}"),
@@ -122,21 +132,32 @@ class Page:
             }
         ]
 
-    def figure(self, name: str, drawn: Mapping[str, Any]) -> dict:
+    def figure(
+        self, name: str, drawn: Mapping[str, Any], behind: Mapping[str, Any]
+    ) -> dict:
+        """One quantity; of decoders, its continuation `behind` is in the same panel."""
         stem, first = self.stem(name), next(iter(drawn.values()))
-        self.save(f"data/{stem}.csv", tables.to_csv(drawn))
-        self.save(f"data/{stem}.json", tables.to_json(drawn))
+        files, shown = self.numbers(stem, drawn), tables.short(drawn)
+        if behind:
+            files += self.numbers(self.stem(DECODER + name), behind)
+            shown += tables.short(behind)
         counts = sorted({series.count for series in drawn.values()})
         counts = " to ".join(f"{n:,}" for n in {counts[0]: 0, counts[-1]: 0})
         return {
             "title": style.words(name),
             "source": first.source,
-            "notes": _notes(drawn),
+            "notes": _notes(drawn, behind),
             "count": f"{counts} images" if first.count else "",
-            "panels": self.panels(stem, figures.panels(drawn, self.looks)),
-            "files": [f"data/{stem}.csv", f"data/{stem}.json"],
-            "tables": tables.short(drawn),
+            "panels": self.panels(stem, figures.panels(drawn, self.looks, behind)),
+            "files": files,
+            "tables": shown,
         }
+
+    def numbers(self, stem: str, drawn: Mapping[str, Any]) -> list[str]:
+        """Write the numbers of a figure; returns the files."""
+        self.save(f"data/{stem}.csv", tables.to_csv(drawn))
+        self.save(f"data/{stem}.json", tables.to_json(drawn))
+        return [f"data/{stem}.csv", f"data/{stem}.json"]
 
     def log_figure(self, name: str, all_logs: Mapping[str, Sequence[Mapping]]) -> dict:
         stem, curves = self.stem(f"log {name}"), logs.curves(all_logs, name)
@@ -222,22 +243,39 @@ def _complete(
     return [*sections, *extra, *last]
 
 
+def _with_decoders(names: Sequence[str], drawn: Mapping[str, Any]) -> list[str]:
+    """Each name, and then that of its continuation if there is one."""
+    names = [x for name in names for x in (name, DECODER + name)]
+    return [n for n in names if n in drawn or not n.startswith(DECODER)]
+
+
+def _behind(name: str, drawn: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What continues a quantity over depth, of the runs that have both."""
+    runs = drawn[name]
+    return {
+        run: series
+        for run, series in drawn.get(DECODER + name, {}).items()
+        if series.kind == "depth" and run in runs
+    }
+
+
 def _where(drawn: Mapping[str, Mapping[str, Any]]) -> str:
     """What to compare with, when the caller does not say what to look for."""
     sources = {s.source for found in drawn.values() for s in found.values() if s.source}
     return f"Compare with {', '.join(sorted(sources))} of the paper." if sources else ""
 
 
-def _notes(drawn: Mapping[str, Any]) -> list[str]:
+def _notes(drawn: Mapping[str, Any], behind: Mapping[str, Any]) -> list[str]:
     """Every note once, with the runs it is about unless it is about all."""
-    about: dict[str, list[str]] = {}
-    for run, series in drawn.items():
+    about: dict[str, dict[str, None]] = {}
+    for run, series in (*drawn.items(), *behind.items()):
         for note in series.notes:
-            about.setdefault(note, []).append(run)
-    return [
+            about.setdefault(note, {})[run] = None
+    notes = [
         note if len(names) == len(drawn) else f"{', '.join(names)}: {note}"
         for note, names in about.items()
     ]
+    return [*notes, SHADED] if behind else notes
 
 
 def _alone(found: list[dict]) -> list[dict]:
