@@ -1,7 +1,7 @@
 """Does pre-training help? A probe and a fine-tuning of a trained encoder, and the same
 without it, for several seeds.
 
-    python benchmarks/labels.py                # about 25 minutes on two CPU cores
+    python benchmarks/labels.py                # about 20 minutes on two CPU cores
     python benchmarks/labels.py --seeds=2 --out=runs/labels
 
 For each seed it pre-trains the demo's MoCo v3 for `EPOCHS`, then runs the recipes of
@@ -18,7 +18,7 @@ import numpy as np
 from clvsmim import claims, log, train
 from clvsmim.configs import demo, demo_labels
 
-EPOCHS = 8.0  # of pre-training, 32 steps of 128 images each: three times the demo's
+EPOCHS = 4.0  # of pre-training, 32 steps of 128 images each
 
 
 def main() -> None:

@@ -149,16 +149,21 @@ def program(
     )
 
 
-def log_section(*, every: int, save: int, keep: int, tensorboard: bool) -> None:
-    """The keys of the section `log`.
+def log_section(
+    *, every: int, save: int, keep: int, tensorboard: bool, keep_every: int = 0
+) -> dict[str, int]:
+    """The keys of the section `log`: steps between records, steps between checkpoints,
+    how many of these stay, whether TensorBoard gets the records too; and checkpoints
+    whose step is a multiple of `keep_every` stay for ever (0: none).
 
-    Steps between records, steps between checkpoints, how many of these stay, and
-    whether TensorBoard gets the records too.
+    Returns the keywords of `Checkpoints`.
     """
-    if min(every, save, keep) < 1:
+    if min(every, save, keep) < 1 or keep_every % save:
         raise ValueError(
-            f"log.every={every}, log.save={save}, log.keep={keep}: use >= 1"
+            f"log.every={every}, log.save={save}, log.keep={keep}: use >= 1; "
+            f"log.keep_every={keep_every}: use a multiple of log.save, or 0"
         )
+    return {"keep": keep, "keep_every": keep_every or None}
 
 
 def eval_section(*, epochs: float, images: int) -> None:

@@ -118,7 +118,7 @@ def facts(config: dict, found: dict, records: list[dict]) -> dict[str, str]:
     size = f"width {spec.width}, depth {spec.depth}, {spec.heads} heads"
     images = f"{spec.image[0]} x {spec.image[1]} px, patch {spec.patch}"
     objective = config["objective"]
-    mim = objective["mim"] if "mim" in objective else objective
+    mim = objective.get("mim", objective)
     shown = {
         "encoder": f"{size}; {images}",
         "trained on": f"{config['data']['source']['name']}, "

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 
 from clvsmim import cli, flops, meta, transfer
 from clvsmim import mesh as meshes
-from clvsmim.build import Program, build, count, loader_section, plain
+from clvsmim.build import Program, build, count, loader_section, log_section, plain
 from clvsmim.checkpoint import Checkpoints, saved_steps
 from clvsmim.data.pipeline import batches, eval_batches
 from clvsmim.log import JsonlLog, Progress, Speed, TensorBoard
@@ -79,7 +79,7 @@ def train(
     meta.prepare(workdir, settings, facts, ignore=FREE)
     log = settings["log"]
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(Checkpoints(workdir, keep=log["keep"]))
+        checkpoints = stack.enter_context(Checkpoints(workdir, **log_section(**log)))
         state, start = begin(program, checkpoints, given)
         if jax.process_index() == 0:
             say(program, settings, start, name)

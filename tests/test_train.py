@@ -312,6 +312,26 @@ def test_it_goes_on_with_other_devices(whole, tmp_path, devices, fsdp):
     assert [r["step"] for r in got] == [r["step"] for r in want]
 
 
+@pytest.mark.slow
+def test_from_eight_devices_it_goes_on_with_fewer(tmp_path):
+    """The step after the restore; later ones differ more, by rounding that grows."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        stop_in_log(patch, 6)
+        runs.run(tmp_path / "stopped", "moco_v3", devices=8)
+    loss = {}
+    for devices in (8, 4, 1):
+        workdir = shutil.copytree(tmp_path / "stopped", tmp_path / str(devices))
+        runs.run(workdir, "moco_v3", devices=devices)
+        loss[devices] = runs.trace(workdir)[5]["loss"]
+    assert loss[4] == pytest.approx(loss[8], rel=1e-5)
+    assert loss[1] == pytest.approx(loss[8], rel=1e-5)
+
+
+def test_checkpoints_are_kept_by_policy(tmp_path):
+    runs.run(tmp_path, log__save=2, log__keep=1, log__keep_every=6)
+    assert checkpoint.saved_steps(tmp_path) == [6, runs.TOTAL]
+
+
 def test_the_state_is_split_over_fsdp_devices(tmp_path):
     program = build.build(runs.config("moco_v3", mesh__fsdp=4))
     kernels = tree.named(program.state.params["heads"])
