@@ -11,8 +11,8 @@
     clvsmim train --config=configs/cifar10.py:hybrid,S --workdir=runs/hybrid_S
     clvsmim train --config=configs/cifar10.py:supervised,S --workdir=runs/sup_S
 
-METHOD is a ViT-Ti, METHOD,S a ViT-S with 12 heads. `tfds build cifar10
---file_format=array_record` prepares the data (170 MB).
+METHOD is a ViT-Ti, METHOD,S a ViT-S with 12 heads. docs/data.md has the two lines that
+prepare the data (170 MB).
 
 The rules are the published ones for ImageNet: networks, optimizers, learning rate per
 image of the batch, share of the warmup. What the 32 pixels change, ours all of it:

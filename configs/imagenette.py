@@ -12,8 +12,8 @@ accelerator: a Colab TPU or a GPU.
     clvsmim train --config=configs/imagenette.py:hybrid,S --workdir=runs/hybrid_S
     clvsmim train --config=configs/imagenette.py:supervised,S --workdir=runs/sup_S
 
-METHOD is a ViT-Ti, METHOD,S a ViT-S with 12 heads. `tfds build imagenette/320px-v2
---file_format=array_record` prepares the data (330 MB).
+METHOD is a ViT-Ti, METHOD,S a ViT-S with 12 heads. docs/data.md has the two lines that
+prepare the data (330 MB).
 
 The rules are the published ones for ImageNet, written out in cifar10.py: networks,
 optimizers, learning rate per image of the batch, share of the warmup. What differs from

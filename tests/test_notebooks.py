@@ -21,6 +21,10 @@ from clvsmim import analysis
 COLAB = runs.ROOT / "colab"  # of a module that makes kernels share compilations
 ATTENTION, REPRESENTATION = "self_attention_analysis", "representation_analysis"
 BOTH = (ATTENTION, REPRESENTATION)
+PRETRAIN = "pretrain"  # executed in test_pretrain_notebook.py
+ALL = (*BOTH, PRETRAIN)
+FIELDS = {name: "WORKDIRS TRAIN IMAGE_FOLDER MODEL IMAGE ARRAYS" for name in BOTH}
+FIELDS[PRETRAIN] = "DATA METHODS LAMBDA LABELS IMAGES"
 # The files of clvsmim/metrics whose kernels a notebook shows.
 FILES = {
     ATTENTION: "distance nmi offsets rollout diversity maps cka",
@@ -126,7 +130,7 @@ def representation(folder, attention):
         yield session
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", ALL)
 def test_no_logic(name):
     for place, source in code(name).items():
         for node in ast.walk(ast.parse(source)):
@@ -134,7 +138,7 @@ def test_no_logic(name):
             assert not isinstance(node, kinds), f"{place} defines something"
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", ALL)
 def test_as_committed(name):
     notebook = read(name)
     nbformat.validate(notebook)
@@ -146,14 +150,14 @@ def test_as_committed(name):
             assert cell.outputs == [] and cell.execution_count is None
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", ALL)
 def test_badge(name):
     colab, title = "https://colab.research.google.com", read(name).cells[0].source
     place = f"{colab}/github/clvsmim/clvsmim/blob/main/colab/{name}.ipynb"
     assert f"]({colab}/assets/colab-badge.svg)]({place})" in title
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", ALL)
 def test_forms(name):
     """Fields that Colab can read; a default is within its slider."""
     for place, source in code(name).items():
@@ -163,7 +167,7 @@ def test_forms(name):
         for field, value, form in fields:
             value, choice = ast.literal_eval(value), form.startswith("[")
             choices, options = (form if choice else "[]" + form).split("]")
-            options = json.loads(options)
+            options = json.loads(options or "{}")
             if options.get("type") == "slider":
                 steps = (value - options["min"]) / options["step"]
                 assert options["min"] <= value <= options["max"], field
@@ -172,14 +176,23 @@ def test_forms(name):
                 assert isinstance(value, str), field
                 assert not choice or value in json.loads(choices + "]"), field
     first = {f for fields in map(FORM.findall, code(name).values()) for f, *_ in fields}
-    wanted = {"REPOSITORY", "WORKDIRS", "IMAGE_FOLDER", "MODEL", "IMAGE", "ARRAYS"}
-    assert wanted <= first
+    assert {"REPOSITORY", "LONGER", "FOLDER", *FIELDS[name].split()} <= first
 
 
-def test_what_both_share_is_the_same():
+@pytest.mark.parametrize("name", ALL)
+def test_links(name):
+    """Each names the two others."""
+    for other in set(ALL) - {name}:
+        assert f"main/colab/{other}.ipynb)" in read(name).cells[0].source
+
+
+def test_what_is_shared_is_the_same():
     one, other = ({c.id: c.source for c in read(name).cells} for name in BOTH)
     for place in SHARED:
         assert one[place] == other[place], place
+    third = {c.id: c.source for c in read(PRETRAIN).cells}
+    for place in ("setup", "results"):
+        assert one[place] == third[place], place
 
 
 @pytest.mark.parametrize("name", BOTH)

@@ -1,8 +1,7 @@
 """TensorFlow Datasets in ArrayRecord files, read without TensorFlow.
 
-Any data set with an image and a class label: `tfds build imagenet2012
---file_format=array_record` prepares one (which does need TensorFlow), and `clvsmim
-convert-data` rewrites one that is there as TFRecord files.
+Any data set with an image and a class label. TFDS prepares one, which does need
+TensorFlow (docs/data.md); `clvsmim convert-data` rewrites what lies there as TFRecord.
 """
 
 import functools
@@ -121,8 +120,9 @@ def _records(builder: Any, split: str) -> Any:
 
 
 def _missing(dataset: str, dir: str) -> str:
-    where = f" --data_dir={dir}" if dir else ""
+    where = f", data_dir='{dir}'" if dir else ""
     return (
         f"the data set {dataset} is not in {dir or 'the folder of TFDS'}; prepare it "
-        f"with `tfds build {dataset} --file_format=array_record{where}`"
+        f"once, in Python with TensorFlow: tensorflow_datasets.builder('{dataset}', "
+        f"file_format='array_record'{where}).download_and_prepare()"
     )
