@@ -284,6 +284,11 @@ def make_optimizer(
             raise ValueError(plugin.unknown("key in optim", key, allowed))
     rules = {k: section.pop(k) for k in known if k in section}
     groups = optim.groups(params, lr_scales=objective.lr_scales, **rules)
+    if len(objective.lr_scales) > 1 and "clip" in section:
+        raise ValueError(
+            "optim.clip limits the gradient of all heads together, so heads of several "
+            "objective.rates would not learn as if alone; leave one of the two out"
+        )
     schedule = dict(section.pop("schedule", {}))
     rate = optim.schedule(
         _named(schedule, "optim.schedule"),

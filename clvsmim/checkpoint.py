@@ -5,9 +5,10 @@ it can be read without the classes that wrote it. A step appears under its final
 only when it is complete. Paths are local or gs://.
 """
 
+import contextlib
 import logging as std_logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -46,7 +47,8 @@ class Checkpoints:
             if step in self._manager.all_steps():
                 self._manager.delete(step)
             args = ocp.args.PyTreeSave(tree.nest(tree.named(state)))
-            self._manager.save(step, args=args, force=True)
+            with self._written(f"checkpoint {step}"):
+                self._manager.save(step, args=args, force=True)
 
     def restore(self, abstract: tree.Tree) -> tuple[tree.Tree, int]:
         """(state, step) of the newest readable step, placed as `abstract` says.
@@ -64,7 +66,21 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Return when everything saved so far is on disk."""
-        self._manager.wait_until_finished()
+        with self._written("the last checkpoint"):
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _written(self, what: str) -> Iterator[None]:
+        """One clear line for what a full disk, or anything else, does to a write."""
+        try:
+            yield
+        except Exception as error:  # gs:// backends raise their own classes
+            reason = str(error).strip().splitlines()[0][:200]
+            raise ValueError(
+                f"cannot write {what} or the one before it to "
+                f"{self._manager.directory} ({type(error).__name__}: {reason}); is "
+                "there space left?"
+            ) from error
 
     def close(self) -> None:
         """Wait and release the threads."""

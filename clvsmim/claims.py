@@ -56,6 +56,7 @@ class Measured:
       series: what was measured, no name twice.
       lam: weight of CL, for a hybrid.
       images: names the images that it was measured on.
+      tuning: says how it was fine-tuned, if it was.
     """
 
     method: str
@@ -63,6 +64,7 @@ class Measured:
     series: Sequence[Series]
     lam: float | None = None
     images: str = ""
+    tuning: str = ""
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,9 @@ def assess(number: int, runs: Sequence[Measured]) -> Verdict:
         return Verdict(*words, f"not judged, ambiguous: {', '.join(twice)}")
     if len({run.images for runs in found.values() for run in runs}) > 1:
         return Verdict(*words, "not judged: measured on different images")
+    tunings = {run.tuning for runs in found.values() for run in runs}
+    if measure.series == TUNED and len(tunings) > 1:
+        return Verdict(*words, "not judged: fine-tuned by different recipes")
     return weigh(words, measure, found)
 
 

@@ -25,6 +25,7 @@ VERBS = {
     "analyze": "measure a trained encoder, write a report",
     "compare": "show two or more analyses side by side",
     "merge": "add analyses of one encoder on different images",
+    "sweep": "train, probe and measure a hybrid for each weight of its two losses",
     "demo": "train three small encoders on photographs, measure them, show the report",
 }
 

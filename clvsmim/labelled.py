@@ -4,12 +4,14 @@ They are trainings of their own (configs/linear_probe.py, configs/finetune.py); 
 folders `probe` and `finetune` of the encoder's workdir its report finds them.
 """
 
+import json
 import re
 
 import numpy as np
 from etils import epath
 
 from clvsmim import log
+from clvsmim.meta import read_meta
 from clvsmim.metrics import Axis, Series
 
 NAMES = {"probe": "linear probe accuracy", "finetune": "fine-tuning accuracy"}
@@ -23,7 +25,7 @@ def series(workdir: str) -> list[Series]:
 
 
 def read(workdir: str, kind: str) -> list[Series]:
-    """The last evaluation of a `classify` run; [] if there is none.
+    """The last evaluation of a `classify` run; [] if there is none or it goes on.
 
     One number, or one per block. Of several learning rates the best counts, and the
     notes say so.
@@ -31,7 +33,8 @@ def read(workdir: str, kind: str) -> list[Series]:
     path = epath.Path(f"{workdir}/log.jsonl")
     records = log.read(path) if path.exists() else []
     records = [r for r in records if any(k.startswith("eval/top1") for k in r)]
-    if not records:
+    about = read_meta(workdir)
+    if not records or about is None or records[-1]["step"] < about["steps"]:
         return []
     record = records[-1]
     best: dict[str, list[float]] = {}
@@ -61,3 +64,16 @@ def read(workdir: str, kind: str) -> list[Series]:
             notes=notes,
         )
     ]
+
+
+def recipe(workdir: str) -> str:
+    """What two label runs must share for their numbers to be compared: all but the
+    encoder, the seed, and which of its parameters decay. "" where there is none."""
+    about = read_meta(workdir)
+    if about is None:
+        return ""
+    config = about["config"]
+    shared = {k: config[k] for k in ("batch", "epochs", "objective", "eval")}
+    rule = {k: v for k, v in config["optim"].items() if k not in ("no_decay", "frozen")}
+    shared |= {"optim": rule, "source": config["data"]["source"]}
+    return json.dumps(shared, sort_keys=True)

@@ -153,7 +153,8 @@ class Speed:
         """What to log at `step`, `seconds` after the start, `waited` of them for data.
 
         All is wall time, with evaluations, X-rays and checkpoints in it: "images_per_
-        second"; "data_wait", the share that the loop stood still for the next batch;
+        second"; "data_wait", the share that the loop stood still for the next batch,
+        of which the devices may have been busy for a part: more than it costs;
         and "mfu", model FLOP utilisation, see `flops`, where it can be known.
         """
         before, self._before = self._before, (step, seconds, waited)

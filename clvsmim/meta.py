@@ -22,6 +22,7 @@ def prepare(
     facts: dict[str, Any],
     *,
     ignore: Sequence[str] = (),
+    same: Sequence[str] = (),
 ) -> None:
     """Make `workdir` ready for the run of `config`: a new one, or the same again.
 
@@ -30,6 +31,7 @@ def prepare(
       facts: what else to record, e.g. the encoder's heads and patch size.
       ignore: regular expressions on "a.b" keys that may differ between two starts of
         one run because they do not change what is trained.
+      same: the facts that, like the config, may not differ.
 
     Raises:
       ValueError: `workdir` cannot be written or holds a run of another config.
@@ -37,7 +39,9 @@ def prepare(
     check_writable(workdir)
     found = read_meta(workdir)
     if found is not None:
-        check_same(workdir, found["config"], config, ignore)
+        there = {key: found[key] for key in same if key in found}
+        here = {key: facts[key] for key in there}
+        check_same(workdir, found["config"] | there, config | here, ignore)
     if jax.process_index() == 0:
         write_meta(workdir, {"config": config, "versions": versions(), **facts})
 

@@ -73,6 +73,7 @@ def measured(out: str) -> claims.Measured:
         series=[*found["series"], *labelled.series(found["workdir"])],
         lam=objective.get("lam"),
         images=json.dumps([found["stamp"]["data"], found["images"], found["skip"]]),
+        tuning=labelled.recipe(f"{found['workdir']}/finetune"),
     )
 
 

@@ -14,20 +14,23 @@ import dataclasses
 import signal
 import sys
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from absl import flags
+from etils import epath
 from ml_collections import ConfigDict
 
 from clvsmim import cli, flops, meta, transfer
 from clvsmim import mesh as meshes
 from clvsmim.build import Program, build, count, loader_section, log_section, plain
 from clvsmim.checkpoint import Checkpoints, saved_steps
+from clvsmim.data import WorkerLost
 from clvsmim.data.pipeline import batches, eval_batches
-from clvsmim.log import JsonlLog, Progress, Speed, TensorBoard
+from clvsmim.log import JsonlLog, Progress, Speed, TensorBoard, read
 from clvsmim.step import State
 from clvsmim.xray import XRay
 
@@ -73,17 +76,22 @@ def train(
     encoder = dataclasses.asdict(program.objective.encoder.spec)
     facts = {"encoder": encoder, "input": settings["input"]}
     facts |= {"parameters": count(program.state.params["encoder"])}
+    facts |= {"steps": program.total}
     given = None  # read, and refused, before anything is written
     if not saved_steps(workdir):
-        given = given_encoder(program, settings["init"]["path"])
-    meta.prepare(workdir, settings, facts, ignore=FREE)
+        given = given_encoder(program, settings["init"]["path"], settings["input"])
+    facts |= {"images": images(program)}
+    meta.prepare(workdir, settings, facts, ignore=FREE, same=("images",))
     log = settings["log"]
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(workdir, **log_section(**log)))
         state, start = begin(program, checkpoints, given)
         if jax.process_index() == 0:
             say(program, settings, start, name)
-        if start < program.total:
+        again = evaluation_due(program, settings, start) and not evaluated(
+            workdir, start
+        )
+        if start < program.total or again:
             writers = open_writers(
                 workdir, log, program.total, settings["batch"], start
             )
@@ -93,7 +101,28 @@ def train(
                 xray = XRay(program, settings, workdir, start, boards)
             for writer in [*writers, *filter(None, [xray])]:
                 stack.callback(writer.close)
-            loop(program, settings, state, start, checkpoints, writers, xray)
+            loop(program, settings, state, start, checkpoints, writers, xray, again)
+
+
+def images(program: Program) -> dict[str, Any]:
+    """What the data sets hold: other images would make it another run."""
+    names = "\n".join(program.source.class_names)
+    found = {"train": len(program.source), "classes": zlib.crc32(names.encode())}
+    return found | ({"test": len(program.held_out)} if program.held_out else {})
+
+
+def evaluation_due(program: Program, settings: dict[str, Any], step: int) -> bool:
+    """Whether an evaluation follows this step."""
+    between = round(settings["eval"]["epochs"] * program.steps_per_epoch)
+    last = step == program.total
+    return bool(program.evaluate and step and (last or between and step % between == 0))
+
+
+def evaluated(workdir: str, step: int) -> bool:
+    """Whether the log has the evaluation of this step, which SIGTERM may cut short."""
+    path = epath.Path(f"{workdir}/log.jsonl")
+    records = read(path) if path.exists() else []
+    return any(r["step"] == step and "eval/images" in r for r in records)
 
 
 def say(program: Program, settings: dict[str, Any], start: int, name: str) -> None:
@@ -103,6 +132,9 @@ def say(program: Program, settings: dict[str, Any], start: int, name: str) -> No
     done = f"{start} of {program.total} steps of {settings['batch']} images"
     left = "compiling the step" if start < program.total else "nothing left to do"
     who = name or settings["objective"]["name"]
+    path = settings["init"]["path"]
+    if path or "encoder/.*" in program.objective.frozen:
+        who += f" from {path}" if path else " of an untrained encoder (no init.path)"
     print(f"{who}: {done} on {where}; {left}", file=sys.stderr, flush=True)
 
 
@@ -125,7 +157,7 @@ def begin(program: Program, checkpoints: Checkpoints, given: Any) -> tuple[State
     return program.init(given), 0
 
 
-def given_encoder(program: Program, path: str) -> Any:
+def given_encoder(program: Program, path: str, colour: dict[str, Any]) -> Any:
     """The encoder of the run in `path`, {"params", "stats"}; None without a path.
 
     Raises:
@@ -137,6 +169,7 @@ def given_encoder(program: Program, path: str) -> Any:
     return transfer.read(
         path,
         program.objective.encoder.spec,
+        colour,
         {part: fields["encoder"] for part, fields in mine.items()},
         meshes.replicated(program.mesh),
     )
@@ -150,8 +183,10 @@ def loop(
     checkpoints: Checkpoints,
     writers: Sequence[Any],
     xray: XRay | None,
+    again: bool = False,
 ) -> None:
-    """Steps `start` to the last. One iteration, in this order:
+    """Steps `start` to the last; first the evaluation of `start`, if `again`. One
+    iteration, in this order:
 
     1. take a batch and put it on the devices;
     2. dispatch the step;
@@ -167,7 +202,6 @@ def loop(
       SystemExit: SIGTERM came; everything up to this step is saved.
     """
     every, save = settings["log"]["every"], settings["log"]["save"]
-    between = round(settings["eval"]["epochs"] * program.steps_per_epoch)
     data = batches(
         program.source,
         program.objective.views,
@@ -194,38 +228,57 @@ def loop(
         if xray:
             xray.write()
 
+    def assess(step: int) -> None:
+        write()
+        found = evaluate(program, settings, state, came)
+        for writer in writers if found else ():
+            writer.write({"step": step, **found})
+
+    def keep(step: int) -> None:
+        write()
+        for writer in [*writers, *filter(None, [xray])]:
+            writer.flush()
+        check_finite(step, logs, checkpoints)
+        checkpoints.save(step, state)
+
+    def stop(step: int) -> None:
+        checkpoints.wait()
+        note = f"SIGTERM: step {step} is saved; start it again to go on"
+        print(f"clvsmim train: {note}", file=sys.stderr, flush=True)
+        raise SystemExit(STOPPED)
+
     begun, waited = time.monotonic(), 0.0
     try:
         with jax.transfer_guard("disallow"), sigterm() as came:
             if xray and not start:
                 xray.take(0, state.params, state.extra)
+            if again:
+                assess(start)
             for step in range(start + 1, program.total + 1):
                 asked = time.monotonic()
-                batch = next(data)
+                try:
+                    batch = meshes.put(next(data), program.mesh)
+                except WorkerLost:  # a signal to the group ends the workers first
+                    if not came:
+                        raise
+                    if step > start + 1:
+                        keep(step - 1)
+                    stop(step - 1)
                 waited += time.monotonic() - asked
-                state, logs = program.step(state, meshes.put(batch, program.mesh))
+                state, logs = program.step(state, batch)
                 last = step == program.total
                 if step % every == 0 or last:
                     write()
                     kept.append((step, time.monotonic() - begun, waited, logs))
                 if xray and xray.due(step):
                     xray.take(step, state.params, state.extra)
-                if program.evaluate and (last or between and step % between == 0):
-                    write()
-                    found = evaluate(program, settings, state)
-                    for writer in writers:
-                        writer.write({"step": step, **found})
-                if step % save == 0 or last or came:
-                    write()
-                    for writer in [*writers, *filter(None, [xray])]:
-                        writer.flush()
-                    check_finite(step, logs, checkpoints)
-                    checkpoints.save(step, state)
-                if came and not last:
-                    checkpoints.wait()
-                    note = f"SIGTERM: step {step} is saved; start it again to go on"
-                    print(f"clvsmim train: {note}", file=sys.stderr, flush=True)
-                    raise SystemExit(STOPPED)
+                if evaluation_due(program, settings, step):
+                    assess(step)
+                ends = bool(came)  # once: it may come at any moment
+                if step % save == 0 or last or ends:
+                    keep(step)
+                if ends:
+                    stop(step)
     finally:
         data.close()
     checkpoints.wait()
@@ -261,9 +314,14 @@ def sigterm() -> Iterator[list[int]]:
 
 
 def evaluate(
-    program: Program, settings: dict[str, Any], state: State
+    program: Program, settings: dict[str, Any], state: State, came: Sequence[int] = ()
 ) -> dict[str, float]:
-    """{"eval/...": mean over the held-out images}, and how many these were."""
+    """{"eval/...": mean over the held-out images}, and how many these were; {} where
+    a SIGTERM `came` meanwhile.
+
+    Raises:
+      ValueError: none of the held-out images can be read.
+    """
     loader = loader_section(**settings["data"])
     batches = eval_batches(
         program.held_out,
@@ -274,15 +332,26 @@ def evaluate(
         processes=jax.process_count(),
         **{k: loader[k] for k in ("workers", "threads", "prefetch", "unreadable")},
     )
+    sums = []
     try:
-        sums = [program.evaluate(state, meshes.put(b, program.mesh)) for b in batches]
+        for batch in batches:
+            if came:
+                return {}
+            sums.append(program.evaluate(state, meshes.put(batch, program.mesh)))
+    except WorkerLost:
+        if came:
+            return {}
+        raise
     finally:
         batches.close()
     total = {k: sum(float(x[k]) for x in jax.device_get(sums)) for k in sums[0]}
     images = total.pop("images")
-    return {f"eval/{k}": v / images for k, v in total.items()} | {
-        "eval/images": int(images)
-    }
+    if not images:
+        raise ValueError(
+            f"none of the held-out images of {program.held_out.name!r} can be read"
+        )
+    means = {f"eval/{k}": v / images for k, v in total.items()}
+    return means | {"eval/images": int(images)}
 
 
 def check_finite(step: int, logs: dict[str, Any], checkpoints: Checkpoints) -> None:
@@ -291,9 +360,11 @@ def check_finite(step: int, logs: dict[str, Any], checkpoints: Checkpoints) -> N
     for name in ("loss", "gradient_norm"):
         value = jax.device_get(logs[name])
         if not np.isfinite(value):
+            last = checkpoints.latest()
+            saved = f"the last checkpoint is of step {last}" if last else "none saved"
             raise ValueError(
-                f"{name} is {value} at step {step}; the last checkpoint is of step "
-                f"{checkpoints.latest()}. Lower optim.schedule.base or set optim.clip"
+                f"{name} is {value} at step {step}; {saved}. "
+                "Lower optim.schedule.base or set optim.clip"
             )
 
 

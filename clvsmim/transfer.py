@@ -13,12 +13,17 @@ Tree = Any
 
 
 def read(
-    workdir: str, spec: Spec, wanted: Tree, sharding: jax.sharding.Sharding
+    workdir: str,
+    spec: Spec,
+    colour: dict[str, Any],
+    wanted: Tree,
+    sharding: jax.sharding.Sharding,
 ) -> Tree:
     """The encoder of the newest checkpoint in a workdir: {"params", "stats"}.
 
     Args:
       spec: of the encoder that will get it.
+      colour: the section `input` of its run, which must be that of the saved one.
       wanted: its {"params", "stats"}, as shapes.
       sharding: of every array.
 
@@ -30,6 +35,8 @@ def read(
     what = f"init.path={workdir}"
     if about is not None and (spec.position, spec.relative) != ("none", "none"):
         check_grid(about["encoder"], spec, what)
+    if about is not None:
+        check_colour(about["input"], colour, what)
     given = {"params": found["params"], "stats": found["extra"]}
     given = {part: fields.get("encoder", {}) for part, fields in given.items()}
     return {
@@ -62,6 +69,17 @@ def check_grid(saved: dict[str, Any], spec: Spec, what: str) -> None:
             f"{here[0]}x{here[1]}; use encoder.image={(rows, columns)} and "
             f"encoder.patch={patch}, with which it was trained"
         )
+
+
+def check_colour(saved: dict[str, Any], colour: dict[str, Any], what: str) -> None:
+    """Raise ValueError if the images would be normalised in another way."""
+    for key, values in colour.items():
+        there, here = tuple(saved[key]), tuple(values)
+        if there != here:
+            raise ValueError(
+                f"{what} was trained with input.{key}={there}, this run has {here}; "
+                "use that of the checkpoint"
+            )
 
 
 def fit(saved: Tree, wanted: Tree) -> Tree:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from clvsmim import analysis, plugin
 from clvsmim import mesh as meshes
-from clvsmim.build import Program
+from clvsmim.build import Program, loader_section
 from clvsmim.data import Source
 from clvsmim.data.pipeline import eval_batches
 from clvsmim.log import JsonlLog, read
@@ -157,7 +157,11 @@ class Spread:
 
 
 def probe(
-    source: Source, size: tuple[int, int], images: int, mesh: jax.sharding.Mesh
+    source: Source,
+    size: tuple[int, int],
+    images: int,
+    mesh: jax.sharding.Mesh,
+    unreadable: int = 0,
 ) -> Tree:
     """The images to look at, on the devices: one batch of `make_measure`."""
     few = Spread(source, images)
@@ -167,6 +171,7 @@ def probe(
         batch=-(-len(few) // mesh.size) * mesh.size,
         process=jax.process_index(),
         processes=jax.process_count(),
+        unreadable=unreadable,
     )
     try:
         batch = next(batches)
@@ -286,7 +291,10 @@ class XRay:
             encoder, tuple(colour["mean"]), tuple(colour["std"]), program.mesh
         )
         size = encoder.spec.image
-        self.images = probe(program.source, size, section["images"], program.mesh)
+        unreadable = loader_section(**settings["data"])["unreadable"]
+        self.images = probe(
+            program.source, size, section["images"], program.mesh, unreadable
+        )
         self.watch, self.boards = Watch(), boards
         self.waiting: list[tuple[int, Tree]] = []
         self.log = None

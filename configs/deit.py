@@ -51,6 +51,7 @@ def get_config(size: str = "S") -> ConfigDict:
         workers=8,
         threads=1,
         prefetch=4,
+        unreadable=100,
         repeats=3,
     )
     config.optim = dict(

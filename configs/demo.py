@@ -50,6 +50,7 @@ def get_config(name: str = "hybrid") -> ConfigDict:
         workers=0,
         threads=1,
         prefetch=2,
+        unreadable=100,
     )
     config.epochs = STEPS[name] / 32  # 4096 / 128 steps an epoch
     config.optim = dict(

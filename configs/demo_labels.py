@@ -34,7 +34,8 @@ def get_config(what: str = "probe") -> ConfigDict:
     linear_probe.start_from(config, run, plain.encoder.to_dict())
     if not run:
         config.input, config.data = plain.input, plain.data
-    config.data.source.length = LABELS
+    if "length" in config.data.source:  # made here, as many as one asks for
+        config.data.source.length = LABELS
     config.encoder.drop_path = 0.0 if probe else 0.1
     config.encoder.final_norm = probe
     side = max(config.encoder.image)

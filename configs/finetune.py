@@ -3,7 +3,8 @@
     clvsmim train --config=configs/finetune.py:simmim,runs/mim --workdir=runs/tuned
 
 fine-tunes the run in runs/mim on its own data and image size. Without a run it is a
-ViT-B/16 on ImageNet-1k, whose weights --config.init.path names:
+ViT-B/16 on ImageNet-1k, whose weights --config.init.path=... names (without these it
+starts from scratch, with the initial weights of pre-training):
 
     clvsmim train --config=configs/finetune.py:simmim --workdir=runs/simmim
     clvsmim train --config=configs/finetune.py:mae --workdir=runs/mae
@@ -74,6 +75,8 @@ def get_config(what: str = "simmim") -> ConfigDict:
         average=0.0,
         **augmentation(side),
     )
+    if protocol == "mae" and side > 224:  # the whole image, as in MAE
+        config.objective.eval_crop.resize = side
     batch, epochs = config.get_ref("batch"), config.get_ref("epochs")
     config.optim = dict(
         name="adamw",

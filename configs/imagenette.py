@@ -69,6 +69,7 @@ def get_config(variant: str = "moco_v3") -> ConfigDict:
         workers=4,
         threads=1,
         prefetch=2,
+        unreadable=100,
     )
     config.optim = cifar10.optimizer(
         method, config.get_ref("batch"), config.get_ref("epochs")

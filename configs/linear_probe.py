@@ -3,7 +3,8 @@
     clvsmim train --config=configs/linear_probe.py:paper,runs/mim --workdir=runs/probe
 
 probes the run in runs/mim on its own data and image size. Without a run it is a
-ViT-B/16 on ImageNet-1k, whose weights --config.init.path names:
+ViT-B/16 on ImageNet-1k, whose weights --config.init.path=... names; without these the
+encoder is an untrained one, and the first line says so:
 
     clvsmim train --config=configs/linear_probe.py:paper --workdir=runs/paper
     clvsmim train --config=configs/linear_probe.py:moco_v3 --workdir=runs/moco_v3
@@ -83,6 +84,8 @@ def get_config(what: str = "paper") -> ConfigDict:
     config.epochs = 90.0 if protocol in ("moco_v3", "mae") else 50.0
     start_from(config, run, ENCODER | OF[protocol])
     config.encoder.update(drop_path=0.0, remat=False)  # of no use to a frozen encoder
+    if protocol == "paper":  # a BatchNorm magnifies what bfloat16 rounds off
+        config.encoder.dtype = "float32"
     side, depth = max(config.encoder.image), config.encoder.get_ref("depth")
     whole = protocol in ("moco_v3", "mae")  # the encoder with its final norm
     filter = "bicubic" if mae else "bilinear"
@@ -159,7 +162,9 @@ def start_from(config: ConfigDict, run: str, encoder: dict) -> None:
     else:
         config.encoder = dict(encoder)
         config.input = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-        config.data = dict(source=dict(IMAGENET), workers=8, threads=1, prefetch=4)
+        config.data = dict(
+            source=dict(IMAGENET), workers=8, threads=1, prefetch=4, unreadable=100
+        )
     config.init = dict(path=run)
 
 

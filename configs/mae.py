@@ -82,6 +82,7 @@ def get_config(variant: str = "B") -> ConfigDict:
         workers=64,  # the encoder sees a quarter of an image, its host all of it
         threads=1,
         prefetch=2,
+        unreadable=100,
     )
     config.optim = dict(
         name="adamw",

@@ -49,6 +49,7 @@ def get_config() -> ConfigDict:
         workers=2,
         threads=1,
         prefetch=2,
+        unreadable=100,
     )
     config.optim = dict(
         name="adamw",

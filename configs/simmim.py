@@ -84,6 +84,7 @@ def get_config(variant: str = "B") -> ConfigDict:
         workers=32,
         threads=1,
         prefetch=2,
+        unreadable=100,
     )
     config.optim = dict(
         name="adamw",

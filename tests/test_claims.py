@@ -1,5 +1,6 @@
 """The claims: their words, their arithmetic on made-up curves, and their verdicts."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -46,7 +47,7 @@ TOKENS = "token-level log singular value, mean over ranks"
 IMAGES = "image-level log singular value, mean over ranks"
 UPDATES = "translation share of attention updates"
 AMPLITUDE = "delta log amplitude at the highest frequency"
-PROBE = "ridge probe accuracy"
+PROBE, TUNED = "ridge probe accuracy", "fine-tuning accuracy"
 MOVES = "relative displacement"
 CL, MIM, MAE = "moco_v3", "simmim", "mae"
 X = 99  # stands where a claim must not look
@@ -55,9 +56,11 @@ X = 99  # stands where a claim must not look
 def curve(name, values):
     """A Series over blocks (L,), or over the axes the metric really has."""
     values = np.asarray(values, float)
-    blocks = Axis("block", (*range(1, len(values) + 1),))
+    blocks = Axis("block", (*range(1, len(np.atleast_1d(values)) + 1),))
     axes, kind = (blocks,), "depth"
-    if name in (DISTANCE, NMI):  # three heads, whose mean is `values`
+    if name == TUNED:
+        axes, kind = (), "curve"
+    elif name in (DISTANCE, NMI):  # three heads, whose mean is `values`
         axes += (Axis("head", (1, 2, 3)),)
         values = values[:, None] + np.array([-0.25, 0.0, 0.25])
     elif name.endswith(MOVES):
@@ -173,6 +176,21 @@ CASES = {
         },
         (4, -1),
     ),
+    21: (
+        {
+            CL: {TUNED: 81.3},
+            MIM: {TUNED: 81.9},
+            ("hybrid", 0.2): {TUNED: 82.3},
+            HALF: {TUNED: 82.0},
+        },
+        {
+            CL: {TUNED: 81.3},
+            MIM: {TUNED: 81.9},
+            ("hybrid", 0.2): {TUNED: 80.9},
+            HALF: {TUNED: 80.0},
+        },
+        (0.4, -1),
+    ),
     22: (
         {**NMIS, HALF: {NMI: [7, 9, X, X, 5, 5]}},
         {**NMIS, HALF: {NMI: [7, 9, X, X, 2, 2]}},  # still MIM in the last third
@@ -187,7 +205,6 @@ CASES = {
 ABSENT = {
     12: "images of conflicting shape and texture",
     13: "accuracy under noise of one frequency",
-    21: "fine-tuned models",
     24: "probes of encoders without some branches",
 }
 
@@ -266,6 +283,12 @@ def test_a_missing_or_broken_series_is_told_and_never_judged(number):
             found = of(number, seeds({**shows, method: broken}))
             assert found.verdict.startswith("not measured: "), found.verdict
             assert "no finite number" in found.verdict
+
+
+def test_fine_tunings_by_different_recipes_are_not_compared():
+    runs = seeds(*[CASES[21][0]] * 3)
+    other = [dataclasses.replace(r, tuning=str(r.method)) for r in runs]
+    assert of(21, other).verdict == "not judged: fine-tuned by different recipes"
 
 
 @pytest.mark.parametrize("number", ABSENT)

@@ -1,6 +1,5 @@
 """Classification: what is read, what is trained, what is scored."""
 
-import dataclasses
 import functools
 
 import jax
@@ -127,9 +126,12 @@ def test_layer_norm_is_new_and_batch_norm_has_no_parameters():
     np.testing.assert_allclose(running["mean"], 0.1 * x.mean(0), rtol=1e-4, atol=1e-6)
     want = 0.9 + 0.1 * x.var(0, ddof=1)
     np.testing.assert_allclose(running["var"], want, rtol=1e-5)
-    got, same = scores(batch, params, new, inputs["image"])  # evaluation
+    # Evaluation, at variances near the epsilon, which is 1e-6 and not PyTorch's 1e-5.
+    running["var"] = 1e-6 * running["var"]
+    small = new | {"heads": {"last": running}}
+    got, same = scores(batch, params, small, inputs["image"])
     want = (x - running["mean"]) / np.sqrt(running["var"] + 1e-6) @ kernel
-    np.testing.assert_allclose(got["last/rate_1"], want, atol=1e-5)
+    np.testing.assert_allclose(got["last/rate_1"], want, rtol=1e-4, atol=1e-2)
     np.testing.assert_array_equal(same["heads"]["last"]["mean"], running["mean"])
 
 
@@ -241,6 +243,10 @@ def test_a_probe_changes_heads_alone_and_has_no_state_for_the_encoder(swept):
     assert all("/heads/" in name for name in kept)
     start = tree.named(before.params["heads"])
     assert all((start[name] != heads[name]).any() for name in heads)
+
+
+def test_fine_tuning_freezes_nothing():
+    assert make().frozen == ("encoder/.*",) and make(tune="all").frozen == ()
 
 
 def test_the_loss_is_the_sum_and_each_head_is_logged(swept):
@@ -374,19 +380,28 @@ def test_the_average_follows_the_parameters_and_is_scored_beside_them():
     assert make().after(params, extra, 0.5) is extra
 
 
-def test_training_images_are_erased_before_they_are_mixed():
-    settings = {"p": 1.0, "area": (0.2, 0.3), "aspect": (0.5, 2.0)}
-    mix = {"mixup": 0.8, "cutmix": 1.0, "switch_p": 1.0}
-    objective = make(base=PLAIN, erasing=settings, mix=mix)
+def test_training_images_are_erased_before_they_are_mixed(monkeypatch):
+    """Each holds its own noise and its partner's: unmixed, one rectangle per image."""
+    lam = 0.7
+    monkeypatch.setattr(jax.random, "beta", lambda key, a, b: jnp.float32(lam))
+    erasing = {"p": 1.0, "area": (0.2, 0.3), "aspect": (0.5, 2.0)}
+    mix = {"mixup": 0.8, "cutmix": 0.0, "switch_p": 0.5}
+    objective = make(base=PLAIN, erasing=erasing, mix=mix)
     batch = batch_of(objective)
     batch["views"] = (np.zeros_like(batch["views"][0]),)  # black
     prepare = jax.jit(functools.partial(objective.prepare, train=True))
     inputs = prepare(jax.random.key(1), batch)
-    np.testing.assert_allclose(inputs["target"].sum(1), 1, rtol=1e-5)
-    assert (np.asarray(inputs["target"]) > 0.1 / 7 / 2).all()  # smoothed
+    soft = 0.9 * np.eye(7)[LABEL] + 0.1 / 7  # smoothed
+    want = lam * soft + (1 - lam) * soft[::-1]
+    np.testing.assert_allclose(inputs["target"], want, atol=1e-6)
+    image = np.asarray(inputs["image"], np.float64)
+    unmixed = (lam * image - (1 - lam) * image[::-1]) / (2 * lam - 1)
     black = -np.array(COLOUR["mean"]) / COLOUR["std"]
-    noise = (np.abs(np.asarray(inputs["image"]) - black) > 1e-5).any(-1)
-    assert noise.any((1, 2)).all()  # of the image or of its partner
+    noise = (np.abs(unmixed - black) > 1e-4).any(-1)
+    heights, widths = noise.any(2).sum(1), noise.any(1).sum(1)
+    np.testing.assert_array_equal(noise.sum((1, 2)), heights * widths)  # full boxes
+    assert (noise.mean((1, 2)) > 0.15).all() and (noise != noise[::-1]).any()
+    assert unmixed[noise].std() == pytest.approx(1, abs=0.05)
 
 
 def test_rand_augment_mirrors_on_the_host_and_fills_with_the_mean():
@@ -431,10 +446,3 @@ def test_what_cannot_be_is_refused(change, message):
     if change == {"pool": "mean"}:
         with pytest.raises(ValueError, match="set encoder.prefix >= 1"):
             make(tiny(TINY, **SMALL, prefix=0), pool="cls")
-
-
-def test_an_equal_setting_gives_equal_names():
-    fields = [f.name for f in dataclasses.fields(make())]
-    assert {"view", "evaluate", "frozen", "lr_scales"} <= set(fields)
-    assert make().frozen == ("encoder/.*",) and make(tune="all").frozen == ()
-    assert make(rates=(0.3,)).lr_scales == ((r"heads/.*/rate_0\.3/.*", 0.3),)

@@ -11,7 +11,7 @@ import pytest
 import runs
 from ml_collections import ConfigDict
 
-from clvsmim import build, optim, plugin, tree
+from clvsmim import build, meta, optim, plugin, tree
 
 FILES = sorted(
     path.stem
@@ -21,6 +21,7 @@ FILES = sorted(
 # Keys that a recipe may leave out, because leaving them out has one obvious meaning.
 OPTIONAL = {
     "data.repeats",
+    "data.unreadable",
     "mesh.fsdp",
     "objective.crop.once",
     "optim.clip",
@@ -340,12 +341,227 @@ BRANCHES = {
 }
 OF_SIMMIM = {k: v for k, v in SIMMIM.items() if not k.startswith("objective.")}
 HYBRID = OF_SIMMIM | TABLE_A1 | BRANCHES | {"objective.lam": 0.2}
-SIZES = {  # width, depth, heads
-    "Ti": (192, 12, 3),
-    "S": (384, 12, 12),  # MoCo v3's
-    "B": (768, 12, 12),
-    "L": (1024, 24, 16),
-    "H": (1280, 32, 16),
+# With labels (DeiT, SimMIM's and MAE's fine-tuning have timm's pictures in common).
+PROBE = {
+    "data.repeats": None,
+    "encoder.drop_path": 0,
+    "encoder.final_norm": True,
+    "objective.name": "classify",
+    "objective.classes": 1000,
+    "objective.tune": "head",
+    "objective.head_std": 0.01,
+    "objective.crop.area": (0.08, 1),
+    "objective.crop.aspect": (3 / 4, 4 / 3),
+    "objective.crop.filter": "bilinear",
+    "objective.crop.once": None,
+    "objective.eval_crop.resize": 256,
+    "objective.eval_crop.filter": "bilinear",
+    "objective.flip_p": 0.5,
+    "objective.rand_augment": None,
+    "objective.erasing": None,
+    "objective.mix": None,
+    "objective.smoothing": 0,
+    "objective.average": 0,
+    "optim.name": "sgd",
+    "optim.momentum": 0.9,
+    "optim.weight_decay": 0,
+    "optim.clip": None,
+    "optim.layer_decay": None,
+    "optim.schedule.name": "cosine",
+    "optim.schedule.minimum": 0,
+    "optim.schedule.warmup_epochs": 0,
+}
+TIMM = {
+    "batch": 1024,
+    "data.repeats": None,
+    "encoder.patch": 16,
+    "encoder.drop_path": 0.1,
+    "objective.name": "classify",
+    "objective.classes": 1000,
+    "objective.tune": "all",
+    "objective.blocks": "last",
+    "objective.rates": (1,),
+    "objective.crop.area": (0.08, 1),
+    "objective.crop.aspect": (3 / 4, 4 / 3),
+    "objective.crop.filter": "bicubic",
+    "objective.crop.once": None,
+    "objective.eval_crop.resize": 256,
+    "objective.eval_crop.filter": "bicubic",
+    "objective.flip_p": 0.5,
+    "objective.rand_augment.ops": 2,
+    "objective.rand_augment.p": 0.5,
+    "objective.rand_augment.magnitude": 9,
+    "objective.rand_augment.spread": 0.5,
+    "objective.erasing.p": 0.25,
+    "objective.erasing.area": (0.02, 1 / 3),
+    "objective.erasing.aspect": (0.3, 1 / 0.3),
+    "objective.mix.mixup": 0.8,
+    "objective.mix.cutmix": 1,
+    "objective.mix.switch_p": 0.5,
+    "objective.smoothing": 0.1,
+    "objective.average": 0,
+    "optim.name": "adamw",
+    "optim.b1": 0.9,
+    "optim.b2": 0.999,
+    "optim.eps": 1e-8,
+    "optim.weight_decay": 0.05,
+    "optim.clip": None,
+    "optim.layer_decay": None,
+    "optim.frozen": None,
+}
+OF_MOCO_V3 = {  # the encoders
+    "encoder.patch": 16,
+    "encoder.position": "moco_sincos",
+    "encoder.relative": "none",
+    "encoder.layer_scale": 0,
+    "encoder.qkv_bias": "qkv",
+    "encoder.init": "moco_v3",
+}
+OF_MAE = OF_MOCO_V3 | {"encoder.position": "mae_sincos", "encoder.init": "mae"}
+OF_MIM = {
+    "encoder.patch": 16,
+    "encoder.position": "none",
+    "encoder.relative": "shared",
+    "encoder.layer_scale": 0.1,
+    "encoder.qkv_bias": "qv",
+    "encoder.init": "simmim",
+}
+CLS = {  # after the final norm
+    "encoder.final_norm": True,
+    "objective.blocks": "last",
+    "objective.pool": "cls",
+}
+PATCHES = {  # their mean, behind a new norm instead of the final one
+    "encoder.final_norm": False,
+    "objective.pool": "patches",
+    "objective.norm": "layer",
+    "objective.head_std": 2e-5,
+}
+PER_EPOCH = {
+    "objective.norm": "none",
+    "objective.head_std": 0.02,
+    "optim.schedule.name": "timm_cosine",
+    "optim.schedule.base": 1e-3,
+    "optim.schedule.start": 1e-6,
+    "optim.schedule.minimum": 1e-5,
+    "optim.schedule.warmup_epochs": 5,
+    "optim.schedule.lag": 1,
+    "optim.schedule.per": "epoch",
+}
+DEIT = (
+    TIMM
+    | OF_MOCO_V3
+    | CLS
+    | PER_EPOCH
+    | {"epochs": 300, "data.repeats": 3, "objective.average": 0.99996}
+    | {"encoder.position": "learned", "encoder.init": "timm"}
+)
+FINETUNE = {
+    "simmim": TIMM
+    | OF_MIM
+    | PATCHES
+    | {
+        "batch": 2048,
+        "epochs": 100,
+        "encoder.relative": "per_block",
+        "optim.clip": 5,
+        "optim.layer_decay": 0.65,
+        "optim.schedule.name": "timm_cosine",
+        "optim.schedule.base": 5e-3,
+        "optim.schedule.start": 1e-6,
+        "optim.schedule.minimum": 1e-6,
+        "optim.schedule.warmup_epochs": 20,
+        "optim.schedule.lag": 1,
+        "optim.schedule.per": "step",
+    },
+    "mae": TIMM
+    | OF_MAE
+    | PATCHES
+    | {
+        "epochs": 100,
+        "optim.layer_decay": 0.65,
+        "optim.schedule.name": "cosine",
+        "optim.schedule.base": 2e-3,
+        "optim.schedule.minimum": 1e-6,
+        "optim.schedule.warmup_epochs": 5,
+        "optim.schedule.per": None,
+    },
+    "deit": TIMM | OF_MOCO_V3 | CLS | PER_EPOCH | {"epochs": 150},
+}
+FINETUNE_L = FINETUNE["mae"] | {
+    "epochs": 50,
+    "encoder.drop_path": 0.2,
+    "optim.layer_decay": 0.75,
+    "optim.schedule.base": 4e-3,
+}
+TABLE_A1_PROBE = (
+    PROBE
+    | OF_MIM
+    | {
+        "batch": 1024,
+        "epochs": 50,
+        "objective.pool": "patches",
+        "objective.norm": "batch",
+        "objective.rates": (0.1, 0.3, 1, 3, 10),
+        "optim.schedule.base": 2,
+        "optim.schedule.per": "step",
+    }
+)
+LINEAR_PROBE = {
+    "paper": TABLE_A1_PROBE | {"encoder.dtype": "float32", "objective.blocks": "all"},
+    "simmim": TABLE_A1_PROBE | {"objective.blocks": 8},
+    "moco_v3": PROBE
+    | OF_MOCO_V3
+    | CLS
+    | {
+        "batch": 1024,
+        "epochs": 90,
+        "objective.norm": "none",
+        "objective.rates": (1,),
+        "optim.schedule.base": 12,
+        "optim.schedule.per": "epoch",
+    },
+    "mae": PROBE
+    | OF_MAE
+    | CLS
+    | {
+        "batch": 16384,
+        "epochs": 90,
+        "objective.norm": "batch",
+        "objective.rates": (1,),
+        "objective.crop.filter": "bicubic",
+        "objective.crop.once": True,
+        "objective.eval_crop.filter": "bicubic",
+        "optim.name": "lars",
+        "optim.trust_coefficient": 1e-3,
+        "optim.no_trust": (".*/bias",),
+        "optim.schedule.base": 6.4,
+        "optim.schedule.warmup_epochs": 10,
+        "optim.schedule.per": None,
+    },
+}
+
+
+def sized(width, depth, heads):
+    return {"encoder.width": width, "encoder.depth": depth, "encoder.heads": heads}
+
+
+SIZES = {
+    "Ti": sized(192, 12, 3),
+    "S": sized(384, 12, 12),  # MoCo v3's; DeiT's has 6 heads
+    "B": sized(768, 12, 12),
+    "L": sized(1024, 24, 16),
+    "H": sized(1280, 32, 16),
+}
+IMAGENET = {
+    "encoder.image": (224, 224),
+    "encoder.dtype": "bfloat16",
+    "input.mean": (0.485, 0.456, 0.406),
+    "input.std": (0.229, 0.224, 0.225),
+    "data.source.dataset": "imagenet2012",
+    "data.source.train": "train",
+    "data.source.test": "validation",
+    "data.source.lengths": (1281167, 50000),
 }
 PUBLISHED = [
     *(("moco_v3", size, MOCO_V3) for size in ("Ti", "S", "B", "L")),
@@ -359,6 +575,11 @@ PUBLISHED = [
     ("mae", "L,1600ep", MAE | {"epochs": 1600}),
     ("mae", "H,1600ep", MAE | {"epochs": 1600, "encoder.patch": 14}),
     ("hybrid", "B", HYBRID),
+    ("deit", "Ti", DEIT),
+    ("deit", "S", DEIT | {"encoder.heads": 6}),
+    ("deit", "B", DEIT),
+    *(("finetune", protocol, table) for protocol, table in FINETUNE.items()),
+    *(("linear_probe", protocol, table) for protocol, table in LINEAR_PROBE.items()),
 ]
 
 
@@ -368,28 +589,64 @@ def value(plain, path):
     return plain
 
 
+def assert_equal(got, want, what):
+    """Equal but for the rounding of what is computed; None is equal to None alone."""
+    if isinstance(want, (float, tuple)) and got is not None:
+        want = pytest.approx(want, rel=1e-12) if numeric(want) else want
+    assert got == want, what
+
+
+def numeric(x):
+    return isinstance(x, float) or all(isinstance(each, (int, float)) for each in x)
+
+
+def assert_holds(config, table):
+    plain = build.plain(config)
+    for path, want in table.items():
+        assert_equal(value(plain, path), want, path)
+
+
 @pytest.mark.parametrize("name, variant, table", PUBLISHED)
 def test_the_numbers_are_the_published_ones(name, variant, table):
-    plain = build.plain(get(name, variant))
-    encoder = plain["encoder"]
-    size = SIZES[variant.partition(",")[0]]
-    assert (encoder["width"], encoder["depth"], encoder["heads"]) == size
-    assert encoder["image"] == (224, 224) and encoder["dtype"] == "bfloat16"
-    assert plain["input"]["mean"] == (0.485, 0.456, 0.406)
-    assert plain["input"]["std"] == (0.229, 0.224, 0.225)
-    for path, want in table.items():
-        got = value(plain, path)
-        if isinstance(want, float):
-            assert got == pytest.approx(want, rel=1e-12), path
-        else:
-            assert got == want, path
+    size = SIZES.get(variant.partition(",")[0], SIZES["B"])
+    assert_holds(get(name, variant), IMAGENET | size | table)
 
 
 def test_every_published_recipe_is_compared():
     compared = {(name, variant) for name, variant, _ in PUBLISHED}
     own = {("hybrid", "B,mae")}  # ours: nobody has published it
-    names = ("moco_v3", "simmim", "mae", "hybrid")
+    names = ("moco_v3", "simmim", "mae", "hybrid", "deit", "finetune", "linear_probe")
     assert compared | own == {c for c in CONFIGS if c[0] in names}
+
+
+@pytest.mark.parametrize(
+    "size, patch, table",
+    [
+        ("Ti", 16, FINETUNE["mae"]),  # none published: as the smallest that is
+        ("L", 16, FINETUNE_L),
+        ("H", 14, FINETUNE_L | {"encoder.patch": 14, "encoder.drop_path": 0.3}),
+    ],
+)
+def test_mae_is_fine_tuned_by_the_size_of_its_run(tmp_path, size, patch, table):
+    config = get("mae", "H" if size == "H" else "B")
+    width, depth, heads = SIZES[size].values()
+    config.encoder.update(width=width, depth=depth, heads=heads)
+    meta.write_meta(str(tmp_path), {"config": build.plain(config)})
+    found = get("finetune", f"mae,{tmp_path}")
+    assert_holds(found, IMAGENET | SIZES[size] | table)
+
+
+@pytest.mark.parametrize(
+    "protocol, side, resize",
+    [("simmim", 448, 512), ("deit", 448, 512), ("mae", 448, 448), ("mae", 192, 219)],
+)
+def test_other_sizes_are_evaluated_as_published(tmp_path, protocol, side, resize):
+    """On 7/8 of the image, but by MAE on the whole of it where it is above 224."""
+    config = get("mae", "B")
+    config.encoder.image = (side, side)
+    meta.write_meta(str(tmp_path), {"config": build.plain(config)})
+    found = get("finetune", f"{protocol},{tmp_path}")
+    assert found.objective.eval_crop.resize == resize
 
 
 @pytest.mark.parametrize(
@@ -486,6 +743,14 @@ PER_IMAGE = {  # learning rate over batch
     "simmim:B,100ep": 1e-4 / 512,
     "mae:B": 1.5e-4 / 256,
     "hybrid:B": 1e-4 / 512,
+    "deit:S": 5e-4 / 512,
+    "finetune:simmim": 1.25e-3 / 512,
+    "finetune:mae": 5e-4 / 256,
+    "finetune:deit": 5e-4 / 512,
+    "linear_probe:paper": 1.0 / 512,
+    "linear_probe:moco_v3": 3.0 / 256,
+    "linear_probe:mae": 0.1 / 256,
+    "linear_probe:simmim": 1.0 / 512,
     "cifar10:moco_v3": 1.5e-4 / 256,
     "cifar10:simmim": 1e-4 / 512,
     "cifar10:mae": 1.5e-4 / 256,
@@ -519,6 +784,82 @@ def test_warmup_follows_the_epochs_where_the_length_is_ours(recipe):
     config.epochs = 3 * epochs
     assert config.optim.schedule.warmup_epochs == pytest.approx(3 * warmup, rel=1e-12)
     assert 0 < config.optim.schedule.warmup_epochs < config.epochs / 4
+
+
+SMALL = {"cifar10": (32, 4), "imagenette": (160, 16)}  # image, patch
+LIKE = {  # the ImageNet recipe of each of their methods
+    "moco_v3": ("moco_v3", "B"),
+    "simmim": ("simmim", "B"),
+    "mae": ("mae", "B"),
+    "hybrid": ("hybrid", "B"),
+    "supervised": ("deit", "B"),
+}
+
+
+def rules(config):
+    """What a method is, by path, at one batch, the warmup as a share of the run."""
+    config.batch = 1024
+    plain = build.plain(config)
+    plain["optim"]["schedule"]["warmup_epochs"] /= plain["epochs"]
+    whole = {key: plain[key] for key in ("encoder", "input", "objective", "optim")}
+    found = {path: value(plain, path) for path in leaves(whole)}
+    found["optim.no_decay"] = spared(found.get("optim.no_decay", ()), plain["encoder"])
+    return found
+
+
+def spared(patterns, encoder):
+    """What is not decayed of a few parameters: an expression has many spellings."""
+    names = ["cls_token", "block_0/attn/q/bias", "block_0/ln1/scale", "ln_final/bias"]
+    names += ["block_0/mlp/fc1/kernel", "patch_embed/kernel"]
+    names += ["block_0/gamma_2"] if encoder["layer_scale"] else []
+    names += ["pos_embed"] if encoder["position"] != "none" else ["rel_table"]
+    return {n for n in names for p in patterns if re.fullmatch(p, f"encoder/{n}")}
+
+
+def changed(name, method, size):
+    """The changes that the docstrings of the two recipes name, by path."""
+    image, patch = SMALL[name]
+    found = {
+        "encoder.image": (image, image),
+        "encoder.patch": patch,
+        "encoder.remat": False,
+        **SIZES[size],
+    }
+    if name == "cifar10":  # its own pixels
+        found["input.mean"] = (0.4914, 0.4822, 0.4465)
+        found["input.std"] = (0.2470, 0.2435, 0.2616)
+    cl = mim = ""
+    if method == "hybrid":
+        cl, mim = "cl.", "mim."
+    if method in ("moco_v3", "hybrid"):
+        sigma = (0.1 * image / 224, 2.0 * image / 224)
+        found |= {f"objective.{cl}view_{i}.blur_sigma": sigma for i in (1, 2)}
+    if method in ("simmim", "hybrid"):
+        found[f"objective.{mim}mask_unit"] = {"cifar10": 8, "imagenette": 32}[name]
+    if method in ("moco_v3", "hybrid", "supervised") and name == "cifar10":
+        found[f"objective.{cl}crop.area"] = (0.2, 1.0)
+    if method == "mae":
+        width, heads = {"Ti": (96, 3), "S": (192, 6)}[size]
+        decoder = {"width": width, "depth": 4, "heads": heads}
+        found |= {f"objective.decoder.{key}": x for key, x in decoder.items()}
+    if method == "supervised":
+        resize = {"cifar10": 32, "imagenette": 183}[name]
+        found |= {"objective.classes": 10, "objective.eval_crop.resize": resize}
+        found["objective.average"] = 0.0  # a copy that is not the published number
+    return found
+
+
+@pytest.mark.parametrize("size", ["Ti", "S"])
+@pytest.mark.parametrize("method", LIKE)
+@pytest.mark.parametrize("name", SMALL)
+def test_small_data_have_the_rules_of_imagenet_but_for_what_is_named(
+    name, method, size
+):
+    want = rules(get(*LIKE[method])) | changed(name, method, size)
+    got = rules(get(name, method if size == "Ti" else f"{method},S"))
+    assert set(got) == set(want)
+    for path, x in want.items():
+        assert_equal(got[path], x, path)
 
 
 def test_the_demo_s_runs_differ_in_the_objective_and_its_length_alone():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import runs
 
-from clvsmim import claims, cli, labelled, present, sweep
+from clvsmim import claims, cli, labelled, meta, present, sweep
 from clvsmim.measure import Settings
 
 LAMS = [0.4]  # each costs three compilations
@@ -107,6 +107,9 @@ def test_of_several_rates_the_best_at_each_block_counts(tmp_path):
     record |= {"eval/top1/block_1/rate_0.1": 0.5, "eval/top1/block_1/rate_1": 0.25}
     record |= {"eval/top1/block_2/rate_0.1": 0.125, "eval/top1/block_2/rate_1": 0.75}
     (tmp_path / "log.jsonl").write_text(json.dumps(record) + "\n")
+    meta.write_meta(str(tmp_path), {"steps": 4})
+    assert not labelled.read(str(tmp_path), "probe"), "it has not ended"
+    meta.write_meta(str(tmp_path), {"steps": 3})
     (series,) = labelled.read(str(tmp_path), "probe")
     assert series.axes[0].values == ((1, "mlp"), (2, "mlp"))
     np.testing.assert_allclose(series.values, [50, 75])

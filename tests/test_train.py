@@ -327,6 +327,65 @@ def test_from_eight_devices_it_goes_on_with_fewer(tmp_path):
     assert loss[1] == pytest.approx(loss[8], rel=1e-5)
 
 
+def test_an_evaluation_that_sigterm_cuts_short_is_made_up_for(
+    whole, tmp_path, monkeypatch
+):
+    real, cut = train.evaluate, []
+
+    def evaluate(*args):
+        if not cut:
+            cut.append(os.kill(os.getpid(), signal.SIGTERM))
+        return real(*args)
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    with pytest.raises(SystemExit) as error:
+        runs.run(tmp_path, "classify")
+    assert error.value.code == 143
+    assert not any("eval/top1" in r for r in runs.trace(tmp_path))
+    runs.run(tmp_path, "classify")
+    assert runs.trace(tmp_path) == runs.trace(whole("classify"))
+
+
+def test_when_a_worker_is_lost_to_sigterm_the_step_before_is_saved(
+    whole, tmp_path, monkeypatch
+):
+    """A signal to the process group ends the workers before the loop sees it."""
+    real, seen = train.meshes.put, []
+
+    def put(*args):
+        seen.append(args)
+        if len(seen) == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise train.WorkerLost("a data worker was killed")
+        return real(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train.meshes, "put", put)
+        runs.run(tmp_path)
+    assert checkpoint.saved_steps(tmp_path) == [5, 7]
+    runs.run(tmp_path)
+    assert_same(tmp_path, whole("simmim"))
+
+
+def test_other_images_are_another_run(stopped, tmp_path):
+    workdir = copy(stopped, tmp_path)
+    about = meta.read_meta(str(workdir))
+    about["images"]["train"] += 1
+    meta.write_meta(str(workdir), about)
+    with pytest.raises(ValueError, match="images.train is 65 there and 64 here"):
+        runs.run(workdir)
+
+
+def test_held_out_images_none_of_which_can_be_read_are_an_error(tmp_path, monkeypatch):
+    program = build.build(runs.config("classify"), jax.devices()[:1])
+    nothing = dataclasses.replace(
+        program, evaluate=lambda state, batch: {"top1": 0.0, "images": 0.0}
+    )
+    settings = build.plain(runs.config("classify"))
+    with pytest.raises(ValueError, match="none of the held-out images of 'photos'"):
+        train.evaluate(nothing, settings, None)
+
+
 def test_checkpoints_are_kept_by_policy(tmp_path):
     runs.run(tmp_path, log__save=2, log__keep=1, log__keep_every=6)
     assert checkpoint.saved_steps(tmp_path) == [6, runs.TOTAL]
@@ -347,7 +406,9 @@ def begun(config, folder):
     """The state at step 0 of a config on one device."""
     program = build.build(config, jax.devices()[:1])
     with checkpoint.Checkpoints(str(folder), keep=1) as checkpoints:
-        given = train.given_encoder(program, config.init.path)
+        given = train.given_encoder(
+            program, config.init.path, build.plain(config.input)
+        )
         state, start = train.begin(program, checkpoints, given)
     assert start == 0
     return state

@@ -31,7 +31,9 @@ def shapes(encoder):
 
 def read(workdir, **encoder):
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    found = transfer.read(str(workdir), *shapes(encoder), device)
+    spec, wanted = shapes(encoder)
+    colour = build.plain(runs.config("simmim").input)
+    found = transfer.read(str(workdir), spec, colour, wanted, device)
     return {name: np.asarray(x) for name, x in tree.named(found["params"]).items()}
 
 
@@ -190,3 +192,11 @@ def test_one_command_from_the_run_it_evaluates_and_resumes(simmim, tmp_path, nam
     assert json.loads((whole / "meta.json").read_text())["config"]["init"] == {
         "path": str(simmim)
     }
+
+
+def test_another_normalisation_is_refused(simmim):
+    spec, wanted = shapes({})
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    colour = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    with pytest.raises(ValueError, match=r"trained with input.mean=\(0.485, .*0.5\)"):
+        transfer.read(str(simmim), spec, colour, wanted, device)

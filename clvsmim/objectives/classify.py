@@ -82,8 +82,9 @@ def make(
 ) -> Objective:
     """Cross-entropy with (soft) labels, summed over the heads.
 
-    Heads share nothing but batch statistics, so the sum trains each as if it were
-    alone, with any optimizer that does not clip the gradient as a whole.
+    With tune="head" the heads share nothing but batch statistics, so the sum trains
+    each as if it were alone, with any optimizer that does not clip the gradient as a
+    whole. With tune="all" they share the encoder too: deep supervision.
 
     Args:
       mean, std: of the input, per channel, of pixels in [0, 1].
