@@ -7,8 +7,9 @@ SRC is a TFDS directory of TFRecord files, or a folder with a subfolder of image
 class, or with such folders named train, val, validation or test. DST becomes a TFDS
 directory. Examples keep their bytes and nothing is encoded anew: of TFRecord files the
 examples are copied in their order, checksums checked; of a folder the files of images
-go in as they are, in an order that depends on nothing but their names and mixes the
-classes. Either may be gs://. Neither needs TensorFlow.
+go in as they are, the same ones with the same labels as in training on the folder, in
+an order that depends on nothing but their names and mixes the classes. Either may be
+gs://. Neither needs TensorFlow.
 
 Stopped, it goes on: finished files stay, an unfinished one is written again. The last
 file written is dataset_info.json, so a directory that has it is complete.
@@ -16,6 +17,7 @@ file written is dataset_info.json, so a directory that has it is complete.
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import struct
@@ -32,6 +34,7 @@ from etils import epath
 from tqdm import tqdm
 
 from clvsmim import cli, meta
+from clvsmim.data import folder
 
 INFO, FEATURES, PLAN = "dataset_info.json", "features.json", "unfinished.json"
 TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"  # where info has none
@@ -39,7 +42,7 @@ TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"  # where info has non
 # again makes writing three times slower.
 OPTIONS = "group_size:1,uncompressed"
 SPLITS = ("train", "val", "validation", "test")
-SUFFIXES = {".jpg": "jpeg", ".jpeg": "jpeg", ".png": "png"}
+FORMATS = {"jpeg": {".jpg", ".jpeg"}, "png": {".png"}}  # what TFDS has names for
 SHARD = 2048  # images of a folder per file: some 200 MB of ImageNet
 
 
@@ -156,8 +159,8 @@ def of_tfrecords(source: epath.Path) -> Plan:
     Raises:
       ValueError: it holds no TFRecord files, not all of them, or no features.json.
     """
-    text = (source / INFO).read_text()
-    info, names = json.loads(text), {path.name for path in source.iterdir()}
+    info, names = _info(source / INFO), {path.name for path in source.iterdir()}
+    digest = _digest(json.dumps(info))
     form = info.get("fileFormat", "tfrecord")
     if form != "tfrecord":
         raise ValueError(f"{source} holds {form} files, there is nothing to convert")
@@ -189,7 +192,21 @@ def of_tfrecords(source: epath.Path) -> Plan:
                 (target / name).write_bytes((source / name).read_bytes())
 
     info["fileFormat"] = "array_record"
-    return Plan(tuple(shards), info, finish, _digest(text))
+    return Plan(tuple(shards), info, finish, digest)
+
+
+def _info(path: epath.Path) -> dict[str, Any]:
+    """A dataset_info.json, which says which files there are."""
+    try:
+        info = json.loads(path.read_text())
+        if not all(split["name"] for split in info["splits"]) or not info["name"]:
+            raise ValueError("an empty name")
+    except (ValueError, KeyError, TypeError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(
+            f"{path} does not describe a data set: {what}; copy or prepare it again"
+        ) from error
+    return info
 
 
 def _fill(name: str, split: str, i: int, n: int, template: str, form: str) -> str:
@@ -238,36 +255,38 @@ def _checked(data: bytes, size: int, where: str) -> bytes:
 def of_folder(source: epath.Path, target: epath.Path) -> Plan:
     """The plan for a folder of images; features image, label, file_name.
 
+    Images and labels are those of the source `folder`.
+
     Raises:
-      ValueError: no subfolders with images, or classes in one split alone.
+      ValueError: a split without images, or with one that is in no class of the first.
     """
     splits = {name: source / name for name in SPLITS if (source / name).is_dir()}
-    found = {
-        name: _images(path) for name, path in (splits or {"train": source}).items()
-    }
-    first, names = next((k, list(v)) for k, v in found.items())
-    for split, classes in found.items():
-        if foreign := sorted(set(classes) - set(names)):
+    roots = {k: os.fspath(v) for k, v in (splits or {"train": source}).items()}
+    print(f"listing {', '.join(roots.values())}", file=sys.stderr, flush=True)
+    names = folder.class_folders(next(iter(roots.values()))) or folder.FLAT
+    found = {split: folder.list_images(root, names) for split, root in roots.items()}
+    for split, root in roots.items():
+        if not len(found[split][0]):
             raise ValueError(
-                f"{splits[split]} has {len(foreign)} classes that {first} has not, "
-                f"such as {foreign[0]}"
+                f"{root} has no images in it ({', '.join(folder.ENDINGS)})"
             )
     versioned = re.fullmatch(r"\d+\.\d+\.\d+", target.name)
     name = target.parent.name if versioned else target.name
     name = re.sub(r"\W+", "_", name)
-    shards, entries, listing, suffixes = [], [], [], set()
-    for split, classes in found.items():
-        files = [(f"{c}/{p.name}", p, c) for c, paths in classes.items() for p in paths]
+    shards, entries, listing, endings = [], [], [], set()
+    for split, (paths, labels) in found.items():
+        files = list(zip(map(os.fsdecode, paths), labels.tolist(), strict=True))
         files.sort(key=lambda file: _digest(file[0]))
         parts = [files[i : i + SHARD] for i in range(0, len(files), SHARD)]
         for i, part in enumerate(parts):
             file = _fill(name, split, i, len(parts), TEMPLATE, "array_record")
-            shards.append(Shard(file, len(part), partial(_examples, part, names)))
+            read = partial(_examples, roots[split], part)
+            shards.append(Shard(file, len(part), read))
         lengths = [str(len(part)) for part in parts]
         entry = {"name": split, "shardLengths": lengths, "filepathTemplate": TEMPLATE}
         entries.append(entry)
         listing += [(split, file[0]) for file in files]
-        suffixes |= {SUFFIXES[file[1].suffix.lower()] for file in files}
+        endings |= {os.path.splitext(file[0])[1].lower() for file in files}
     info = {
         "name": name,
         "version": target.name if versioned else "1.0.0",
@@ -275,32 +294,15 @@ def of_folder(source: epath.Path, target: epath.Path) -> Plan:
         "fileFormat": "array_record",
         "splits": entries,
     }
-    form = suffixes.pop() if len(suffixes) == 1 else None
+    form = next((k for k, v in FORMATS.items() if endings <= v), None)
     finish = partial(_save_features, names, form)
     return Plan(tuple(shards), info, finish, _digest(json.dumps(listing)))
 
 
-def _images(folder: epath.Path) -> dict[str, list[epath.Path]]:
-    """The images of each class, sorted; other files are left out."""
-    classes = sorted((p for p in folder.iterdir() if p.is_dir()), key=lambda p: p.name)
-    found = {}
-    for path in tqdm(classes, f"listing {folder.name}", leave=False, file=sys.stderr):
-        files = (p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
-        found[path.name] = sorted(files, key=lambda p: p.name)
-    if not any(found.values()):
-        raise ValueError(
-            f"{folder} has no subfolders, one per class, with images in them "
-            f"({', '.join(SUFFIXES)})"
-        )
-    return found
-
-
-def _examples(
-    files: Sequence[tuple[str, epath.Path, str]], names: Sequence[str]
-) -> Iterator[bytes]:
-    labels = {name: i for i, name in enumerate(names)}
-    for file, path, name in files:
-        yield example(image=path.read_bytes(), label=labels[name], file_name=file)
+def _examples(root: str, files: Sequence[tuple[str, int]]) -> Iterator[bytes]:
+    for name, label in files:
+        image = (epath.Path(root) / name).read_bytes()
+        yield example(image=image, label=label, file_name=name)
 
 
 def example(*, image: bytes, label: int, file_name: str) -> bytes:
@@ -309,7 +311,7 @@ def example(*, image: bytes, label: int, file_name: str) -> bytes:
     Example {1: Features {1: map of name and Feature {1: bytes list or 3: integers}}}.
     """
     features = {
-        "file_name": _field(1, _field(1, file_name.encode())),
+        "file_name": _field(1, _field(1, os.fsencode(file_name))),
         "image": _field(1, _field(1, image)),
         "label": _field(3, _field(1, _varint(label))),
     }
@@ -351,7 +353,7 @@ def _count(split: dict[str, Any]) -> int:
 
 
 def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(os.fsencode(text), digest_size=16).hexdigest()
 
 
 def _write_text(path: epath.Path, text: str) -> None:

@@ -134,12 +134,11 @@ def describe(source: Source, split: str, images: int) -> Facts:
     for i in tqdm(places.astype(int), f"opening {split}", leave=False, file=sys.stderr):
         try:
             item = source[i]
+            found.append(item["label"])
             sizes.append(_size(item["image"]))
             to_image(item["image"])
         except Unreadable as error:
             unreadable.append(str(error))
-            continue
-        found.append(item["label"])
     labels = getattr(source, "labels", None)  # where they cost no image
     counted = labels if labels is not None else found
     sides = np.array(sizes or [(0, 0)])

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pathlib
+import re
 import struct
 
 import pytest
@@ -12,7 +13,9 @@ from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 
 from clvsmim import convert_data
+from clvsmim.data import folder
 from clvsmim.data import tfds as tfds_source
+from clvsmim.data.crops import to_array
 
 # What TensorFlow 2.21 wrote of the three records below.
 RECORDED = bytes.fromhex(
@@ -206,9 +209,28 @@ def test_from_a_bucket_into_a_bucket(prepared, target, monkeypatch):
         assert bucket.cat_file(files[path.name]) == path.read_bytes(), path.name
 
 
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"name": "x", ', "does not describe a data set: .*line 1"),
+        ('{"name": "tiny_pets"}', "does not describe a data set: no 'splits'"),
+        ('{"splits": [{"name": "train"}]}', "does not describe a data set: no 'name'"),
+        ("[]", "does not describe a data set"),
+    ],
+)
+def test_a_description_that_is_none_is_named(source, target, text, message):
+    (source / "dataset_info.json").write_text(text)
+    where = re.escape(str(source / "dataset_info.json"))
+    with pytest.raises(ValueError, match=f"{where} {message}"):
+        convert_data.convert(str(source), str(target))
+    assert not target.exists()
+
+
 @pytest.fixture
 def photos(tmp_path):
     """train/ and val/ with three classes; a file that is no image beside them."""
+    folder.class_folders.cache_clear()
+    folder.list_images.cache_clear()
     root = tmp_path / "photos"
     for split, count in (("train", 5), ("val", 2)):
         for k, name in enumerate(sets.NAMES):
@@ -242,12 +264,45 @@ def test_a_folder_keeps_the_bytes_of_its_files(photos, target, monkeypatch):
     assert builder.as_data_source("val")[0]["image"].shape == (30, 40, 3)
 
 
-def test_a_folder_without_classes_or_with_a_class_in_one_split(photos, target):
+def test_a_folder_and_its_conversion_are_the_same_data_set(photos, target):
+    """Every kind of file, however deep, and nothing that is hidden."""
+    train = photos / "train"
+    for i, ending in enumerate(folder.ENDINGS):
+        path = train / sets.NAMES[i % 3] / "deep" / "er" / f"x{ending}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kind = {".jpg": "JPEG", ".tif": "TIFF"}.get(ending, ending[1:])
+        path.write_bytes(sets.encoded(sets.picture(90 + i), kind))
+    for name in (".ipynb_checkpoints/a.jpg", "cat/._0.jpg", "ant/notes.txt"):
+        (train / name).parent.mkdir(exist_ok=True)
+        (train / name).write_bytes(b"x")
+    convert_data.convert(str(photos), str(target))
+    for split, count in (("train", 15 + len(folder.ENDINGS)), ("test", 6)):
+        one = folder.make(split=split, path=str(photos))
+        two = tfds_source.make(
+            split=split,
+            dataset="tiny_pets",
+            train="train",
+            test="val",
+            lengths=(0, 0),
+            classes=0,
+            dir=str(target.parents[1]),
+        )
+        assert two.class_names == one.class_names == ("ant", *sets.NAMES)
+        found = [
+            sorted((to_array(x["image"]).tobytes(), x["label"]) for x in source)
+            for source in (one, two)
+        ]
+        assert len(found[0]) == count and found[0] == found[1]
+
+
+def test_a_folder_without_images_or_with_a_class_in_one_split(photos, target):
     (photos / "val" / "cow").mkdir()
-    with pytest.raises(ValueError, match="val has 1 classes that train has not.* cow"):
+    (photos / "val" / "cow" / "0.png").write_bytes(b"x")
+    with pytest.raises(ValueError, match="val/cow/0.png is in no class folder"):
         convert_data.convert(str(photos), str(target))
-    with pytest.raises(ValueError, match="no subfolders, one per class"):
-        convert_data.convert(str(photos / "train" / "cat"), str(target))
+    (photos / "empty" / "cat").mkdir(parents=True)
+    with pytest.raises(ValueError, match="empty has no images in it"):
+        convert_data.convert(str(photos / "empty"), str(target))
     with pytest.raises(ValueError, match="no folder"):
         convert_data.convert(str(photos / "nowhere"), str(target))
     assert not target.exists()

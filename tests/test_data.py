@@ -3,7 +3,13 @@
 import functools
 import itertools
 import math
+import multiprocessing
+import os
 import pickle
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
 
 import jax
@@ -11,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clvsmim.data import crops, photos, pipeline
+from clvsmim.data import WorkerLost, crops, photos, pipeline
 
 DRAWS = 20_000
 
@@ -296,9 +302,89 @@ def test_eval_reads_every_image_once(processes):
     np.testing.assert_array_equal(index[weight == 1], np.arange(7))
 
 
+def test_padding_costs_no_image():
+    """Ten of the twelve rows: the last batch of a large one must not take as long."""
+    read = []
+
+    class Counted(Toy):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    for processes, expected in ((1, [0, 1]), (2, [0, 1, 1])):
+        read.clear()
+        for p in range(processes):
+            part = {"process": p, "processes": processes}
+            stream = pipeline.eval_batches(
+                Counted(2), view("e"), batch=12, threads=0, **part
+            )
+            (step,) = stream
+            rows = 12 // processes
+            assert step["views"][0].shape == (rows, 8, 10, 3)
+            assert step["weight"].sum() == (2 if not p else 0)
+            assert all(
+                step[k].shape == (rows,) and step[k].dtype == np.int32
+                for k in ("label", "index", "extra")
+            )
+        assert read == expected
+
+
 def test_eval_limit():
     steps = list(pipeline.eval_batches(Toy(7), view("e"), batch=4, limit=4))
     assert len(steps) == 1 and steps[0]["weight"].sum() == 4
     assert len(list(pipeline.eval_batches(Toy(7), view("e"), batch=4, limit=99))) == 2
     with pytest.raises(ValueError, match="nothing to read from 'toy'.*limit 0"):
         pipeline.eval_batches(Toy(7), view("e"), batch=4, limit=0)
+
+
+# ---------------------------------------------------------------------- workers
+
+
+def test_a_killed_worker_is_one_error():
+    stream = train(workers=2)
+    next(stream)
+    mine = [p for p in multiprocessing.active_children() if "grain" in p.name]
+    assert len(mine) == 2
+    os.kill(mine[0].pid, signal.SIGKILL)
+    with pytest.raises(WorkerLost, match="killed .out of memory.*lower data.workers"):
+        take(stream, 1000)
+    stream.close()
+    assert not any(p.is_alive() for p in mine)
+
+
+ORPHANS = """
+import multiprocessing, os, pathlib, signal, sys
+from clvsmim.data import crops, pipeline, shape_texture
+
+if __name__ == "__main__":
+    source = shape_texture.make(split="train", length=8, side=16, label="shape")
+    crop = crops.CenterCrop(name="a", size=(8, 8), resize=8, filter="bilinear")
+    stream = pipeline.batches(source, (crop,), batch=2, seed=0, workers=2)
+    next(stream), next(stream)
+    workers = (str(p.pid) for p in multiprocessing.active_children())
+    pathlib.Path(sys.argv[1]).write_text(" ".join(workers))
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_end_when_the_one_that_started_them_is_killed(tmp_path):
+    script, pids = tmp_path / "orphans.py", tmp_path / "pids"
+    script.write_text(ORPHANS)
+    run = subprocess.run([sys.executable, script, pids], stderr=subprocess.DEVNULL)
+    assert run.returncode == -signal.SIGKILL
+    workers = [int(pid) for pid in pids.read_text().split()]
+    assert len(workers) == 2
+    until = time.monotonic() + 5
+    while (left := [*filter(alive, workers)]) and time.monotonic() < until:
+        time.sleep(0.05)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
+
+
+def alive(pid):
+    """Not ended; one that nobody has waited for yet has."""
+    found = subprocess.run(
+        ["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True
+    )
+    return found.stdout.strip()[:1] not in ("", "Z")

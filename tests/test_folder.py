@@ -4,9 +4,10 @@ import pickle
 
 import numpy as np
 import pytest
+from etils import epath
 from sets import encoded, picture, upload
 
-from clvsmim.data import Unreadable, folder
+from clvsmim.data import Unreadable, folder, tfds
 from clvsmim.data.crops import to_array
 
 
@@ -93,6 +94,42 @@ def test_links_are_followed(pets):
     (pets / "half").mkdir()
     (pets / "half/dog").symlink_to(pets / "train/dog")
     assert len(make(pets, train="half")) == 2
+
+
+def test_the_usual_layout_needs_only_its_path(pets):
+    for split in ("train", "test"):
+        source = folder.make(split=split, path=str(pets))
+        assert names(source) == names(make(pets, split))
+
+
+def test_labels_are_known_without_an_image(pets):
+    for split in ("train", "test"):
+        source = make(pets, split)
+        want = [source[i]["label"] for i in range(len(source))]
+        for name in names(source):
+            (pets / name).write_bytes(b"")
+        np.testing.assert_array_equal(make(pets, split).labels, want)
+
+
+def test_a_bucket_without_its_reader_says_what_to_install(monkeypatch):
+    def fs(path):
+        raise ImportError("Please install gcsfs to access Google Storage")
+
+    monkeypatch.setattr(epath.backend.fsspec_backend, "fs", fs)
+    for source in (
+        make("gs://nowhere/pets"),
+        tfds.make(
+            split="train",
+            dataset="pets",
+            train="train",
+            test="test",
+            lengths=(1, 1),
+            classes=2,
+            dir="gs://nowhere",
+        ),
+    ):
+        with pytest.raises(ValueError, match=r"gcsfs .*pip install clvsmim\[tpu\]"):
+            source[0]
 
 
 def test_a_flat_folder_is_one_class(tmp_path):

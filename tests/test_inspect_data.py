@@ -136,11 +136,20 @@ def test_counts_sizes_and_what_is_wrong_with_a_folder(folder, tmp_path):
     assert facts["steps_per_epoch"] == 3 and facts["steps"] == 9
     unreadable, slow = facts["problems"][0], facts["problems"][-1]
     assert "1 of 12 images opened are unreadable" in unreadable and bad in unreadable
+    assert "train: 1 of 3 classes have no image, such as owl" in facts["problems"]
     assert "the step takes 10000000: use a host of" in slow
     assert json.loads((tmp_path / "out" / "data.json").read_text()) == facts
     text = inspect_data.lines(facts)
     assert [line[0] == "!" for line in text].count(True) == len(facts["problems"])
     assert all("\n" not in line for line in text)
+
+
+def test_the_classes_of_a_folder_are_counted_whole(folder):
+    source = build.make_source(build.plain(folder)["data"], "train")
+    found = inspect_data.describe(source, "train", images=2)
+    assert found["opened"] == 2
+    each = {k: found["per_class"][k] for k in ("of", "min", "max", "empty")}
+    assert each == {"of": 12, "min": 0, "max": 9, "empty": 1}
 
 
 def test_a_class_without_images_and_a_host_with_idle_cores():

@@ -76,9 +76,7 @@ def test_what_is_given_needs_no_file(prepared):
     numbers = {"lengths": (1281167, 50000), "classes": 1000, "dir": "/nowhere"}
     source = make(prepared, dataset="imagenet2012", **numbers)
     assert len(source) == 1281167 and source.num_classes == 1000
-    with pytest.raises(
-        ValueError, match="file_format='array_record'"
-    ):
+    with pytest.raises(ValueError, match="file_format='array_record'"):
         source[0]
 
 

@@ -14,6 +14,10 @@ class Unreadable(ValueError):
     """One image cannot be decoded. The pipeline may put another one in its place."""
 
 
+class WorkerLost(ValueError):
+    """A worker process of the pipeline has died."""
+
+
 class Source(Protocol):
     """Random access to labelled images; can be pickled.
 
@@ -21,7 +25,8 @@ class Source(Protocol):
     "index": int}`, with further integers where a source has them, and always the same
     for the same i. The Pillow image may be one that was only opened: its pixels are
     decoded when a view asks for them. An image that cannot be read is `Unreadable`,
-    with its name. Labels are 0 to `num_classes - 1`.
+    with its name. Labels are 0 to `num_classes - 1`. A source that knows all labels
+    without its images may have them as `labels`, an array (n,).
     """
 
     name: str

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from clvsmim.data.crops import open_image
 
 
@@ -13,12 +15,14 @@ class Opened(NamedTuple):
     """The files of one split.
 
     `read(i) -> (name of image i, its file as bytes, its label)`. `class_names` is
-    empty where the files do not say which classes there are.
+    empty where the files do not say which classes there are, `labels` int32 (n,) are
+    None where every image would have to be read for them.
     """
 
     read: Callable[[int], tuple[str, bytes, int]]
     length: int
     class_names: tuple[str, ...]
+    labels: np.ndarray | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +44,12 @@ class Files:
 
     @functools.cached_property
     def opened(self) -> Opened:
-        found = self.open()
+        try:
+            found = self.open()
+        except ImportError as error:  # the reader of gs:// is not installed
+            raise ValueError(
+                f"cannot open {self.name}: {error}; pip install clvsmim[tpu]"
+            ) from error
         self._check("images", "lengths", self.length, found.length)
         if found.class_names:
             self._check("classes", "classes", self.classes, len(found.class_names))
@@ -65,6 +74,11 @@ class Files:
     @property
     def num_classes(self) -> int:
         return self.classes or len(self.opened.class_names)
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """int32 (n,), or None where every image would have to be read for them."""
+        return self.opened.labels
 
     def __len__(self) -> int:
         return self.length or self.opened.length

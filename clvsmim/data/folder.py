@@ -24,10 +24,10 @@ def make(
     *,
     split: str,
     path: str,
-    train: str,
-    test: str,
-    lengths: tuple[int, int],
-    classes: int,
+    train: str = "train",
+    test: str = "val",
+    lengths: tuple[int, int] = (0, 0),
+    classes: int = 0,
 ) -> Files:
     """The images of a folder.
 
@@ -64,7 +64,7 @@ def _open(path: str, split: str, train: str) -> Opened:
         except OSError as error:
             raise unreadable(file, error) from error
 
-    return Opened(read, len(names), classes)
+    return Opened(read, len(names), classes, labels)
 
 
 @functools.cache

@@ -5,11 +5,15 @@ depend on the number of processes, of workers, or on the step a run was resumed 
 So a checkpoint needs no iterator state.
 """
 
+import contextlib
 import functools
+import math
+import multiprocessing
+import os
 import sys
 import threading
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import grain
@@ -17,7 +21,7 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from clvsmim.data import HostView, Source, Unreadable
+from clvsmim.data import HostView, Source, Unreadable, WorkerLost
 from clvsmim.data.crops import open_image, to_image
 
 Batch = dict[str, Any]
@@ -42,7 +46,7 @@ def batches(
     repeats: int = 1,
     unreadable: int = 100,
     draft: bool = False,
-) -> grain.DatasetIterator:
+) -> Generator[Batch, None, None]:
     """An endless iterator of training batches; call `close()` on it when done.
 
     Args:
@@ -73,6 +77,7 @@ def batches(
     Raises:
       ValueError: the batch does not divide, an empty source, views that share a name;
         while reading, one image more than `unreadable` that cannot be read.
+      WorkerLost: while reading, a worker was killed.
     """
     rows = _rows(batch, process, processes)
     _check_views(views)
@@ -117,7 +122,7 @@ def eval_batches(
     threads: int = 1,
     prefetch: int = 2,
     unreadable: int = 0,
-) -> grain.DatasetIterator:
+) -> Generator[Batch, None, None]:
     """One pass in the order of the source; the last batch is padded.
 
     Args:
@@ -155,7 +160,10 @@ def eval_batches(
     make = functools.partial(_batch, example=example, batch=batch, first=process * rows)
     data = grain.MapDataset.range(-(-count // batch))[start:]
     return _iterate(
-        data.map(functools.partial(make, rows=rows)), workers, threads, prefetch
+        data.map(functools.partial(make, rows=rows, end=count)),
+        workers,
+        threads,
+        prefetch,
     )
 
 
@@ -271,13 +279,28 @@ def _eval_example(
     return item | {"views": [crop], "weight": weight}
 
 
-def _batch(step: int, *, example: Callable, batch: int, first: int, rows: int) -> Batch:
-    """The rows of one process; each crop is copied once, to its place."""
+def _batch(
+    step: int,
+    *,
+    example: Callable,
+    batch: int,
+    first: int,
+    rows: int,
+    end: float = math.inf,
+) -> Batch:
+    """The rows of one process; each crop is copied once, to its place.
+
+    Positions from `end` on are padding, which is decoded once at most.
+    """
     result: Batch = {}
     for row in range(rows):
-        item = example(step * batch + first + row)
-        crops = item.pop("views")
-        item.pop("image", None)
+        position = step * batch + first + row
+        if not row or position < end:
+            item = example(position)
+            crops = item.pop("views")
+            item.pop("image", None)
+        else:
+            item["weight"] = np.float32(0)
         if not row:
             result["views"] = tuple(np.empty((rows, *x.shape), x.dtype) for x in crops)
             for key in item:
@@ -292,7 +315,11 @@ def _batch(step: int, *, example: Callable, batch: int, first: int, rows: int) -
 
 def _iterate(
     data: grain.MapDataset, workers: int, threads: int, prefetch: int
-) -> grain.DatasetIterator:
+) -> Generator[Batch, None, None]:
+    """
+    Raises:
+      WorkerLost: a worker was killed.
+    """
     read = grain.ReadOptions(
         num_threads=threads, prefetch_buffer_size=max(threads, prefetch)
     )
@@ -302,8 +329,28 @@ def _iterate(
         options = grain.MultiprocessingOptions(
             num_workers=workers, per_worker_buffer_size=max(1, prefetch)
         )
-        steps = steps.mp_prefetch(options)
-    return iter(steps)
+        steps = steps.mp_prefetch(options, _end_with_parent)
+    with contextlib.closing(iter(steps)) as batches:
+        try:
+            yield from batches
+        except RuntimeError as error:
+            if "Worker process was terminated" not in str(error):
+                raise
+            raise WorkerLost(
+                "a data worker was killed (out of memory?); lower data.workers, "
+                "data.prefetch or the batch"
+            ) from error
+
+
+def _end_with_parent(worker: int, workers: int) -> None:
+    """Let this worker process end when the one that started it is gone, even killed."""
+    del worker, workers
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _entropy(seed: int, name: str) -> int:

@@ -70,6 +70,8 @@ def _open(
     try:
         builder = tensorflow_datasets.builder(dataset, data_dir=dir or None)
     except (tensorflow_datasets.core.DatasetNotFoundError, ImportError) as error:
+        if "gcsfs" in str(error):
+            raise
         raise ValueError(_missing(dataset, dir)) from error
     features = builder.info.features
     if not builder.info.splits:
