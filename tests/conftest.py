@@ -18,6 +18,21 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
+# The files that take longest, first: with a file per process, one of them at the end
+# would keep a single process busy.
+LONG = ("train", "notebooks", "pretrain_notebook", "processes", "analysis", "measure")
+LONG += ("parallel", "transfer", "sweep", "demo", "xray", "classify", "decoder", "mae")
+
+
+def pytest_collection_modifyitems(items):
+    names = [f"test_{name}.py" for name in LONG]
+    items.sort(
+        key=lambda item: (
+            names.index(item.path.name) if item.path.name in names else len(names)
+        )
+    )
+
+
 class Golden(dict):
     """A recording as a flat mapping; `group("params")` gives one group of it."""
 

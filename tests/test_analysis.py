@@ -482,5 +482,7 @@ def test_the_words_beside_the_figures(workdir, done):
     assert run.facts["measured on"] == "16 test images"
     assert run.facts["final loss"] == f"{run.log[-1]['loss']:.4g}"
     assert dataclasses.is_dataclass(run) and len(run.log) == runs.TOTAL
-    title = present.title({"name": "hybrid", "lam": 0.25})
+    title = present.title(
+        runs.config("hybrid", objective__lam=0.25).objective.to_dict()
+    )
     assert title == "hybrid, λ = 0.25"

@@ -244,6 +244,7 @@ def test_a_mixture_with_mae_has_one_and_is_no_hybrid_of_the_paper():
     model, _ = mixed.decoder(params, extra)
     assert model.spec.depth == 2
     section = {"name": "hybrid", "lam": 0.2, "mim": {"name": "mae"}}
+    section["cl"] = {"name": "moco_v3"}
     assert present.method(section) == "hybrid with mae"
     assert present.title(section) == "hybrid with mae, λ = 0.2"
     section["mim"]["name"] = "simmim"

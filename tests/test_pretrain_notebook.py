@@ -119,6 +119,7 @@ def test_an_untrained_one_of_each_kind(session, folder):
     assert [k["encoder"]["position"] for k in kinds] == ["none", "mae_sincos"]
 
 
+@pytest.mark.slow
 def test_own_folder(session, tmp_path):
     """The recipe for real data, on noise in two folders."""
     draw = np.random.default_rng(0)

@@ -128,7 +128,16 @@ ACCIDENTS = {
 }
 
 
-@pytest.mark.parametrize("name", runs.OBJECTIVES)
+SLOW = ("mae",)  # nothing in stopping is its own
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
+        for name in runs.OBJECTIVES
+    ],
+)
 def test_stopped_everywhere_it_ends_bit_for_bit_as_if_it_had_not(whole, tmp_path, name):
     reached = []
     for accident in ACCIDENTS.values():
