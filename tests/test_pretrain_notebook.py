@@ -103,6 +103,7 @@ def test_drawn_while_it_trains(session, monkeypatch):
     assert len(session.pictures("live")) == 5
 
 
+@pytest.mark.slow
 def test_an_untrained_one_of_each_kind(session, folder):
     """MAE's encoder has positions, SimMIM's a bias: two baselines, told apart."""
     fill(session.cells["labels"], LABELS="probe")

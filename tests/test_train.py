@@ -128,7 +128,7 @@ ACCIDENTS = {
 }
 
 
-SLOW = ("mae",)  # nothing in stopping is its own
+SLOW = ("mae", "hybrid")  # nothing in stopping is its own
 
 
 @pytest.mark.parametrize(

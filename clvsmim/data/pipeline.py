@@ -219,8 +219,11 @@ def _train_example(
             return item | {"views": _crops(item["image"], views, draws, draft)}
         except Unreadable as error:
             failed.add(error, "another image takes its place")
+            last = error
             index = int(draws(f"instead {attempt}").integers(len(source)))
-    raise ValueError(f"of {TRIES} images of {source.name!r} none can be read")
+    raise ValueError(
+        f"of {TRIES} images of {source.name!r} none can be read; the last: {last}"
+    )
 
 
 def _crops(
