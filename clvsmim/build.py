@@ -140,7 +140,7 @@ def program(
             in_shardings=(shardings, meshes.batch_sharding(grid)),
             out_shardings=meshes.replicated(grid),
         )
-        if held_out
+        if method.evaluate
         else None,
         state=jax.tree.map(_with_sharding, shapes, shardings),
         batch=spec,

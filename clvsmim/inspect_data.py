@@ -195,12 +195,12 @@ def speed(
 
     In batches of 32, for a batch of thousands takes as long as the whole measurement.
     """
-    data = {k: v for k, v in settings["data"].items() if k != "source"}
+    data = build.loader_section(**settings["data"])
     alone = data | {"workers": 0, "threads": 0}
     found = {}
     for name, options in (("images_per_second", data), ("one_core", alone)):
         # The batches that were ready before the clock started are left out.
-        ready = (options["prefetch"] + 1) * (options["workers"] + 1) if name else 0
+        ready = (options["prefetch"] + 1) * (options["workers"] + 1)
         ready = ready if options["threads"] else 1
         stream = batches(source, crops, batch=32, seed=settings["seed"], **options)
         with contextlib.closing(stream):
@@ -283,7 +283,7 @@ def look(
     source: Source, objective: Objective, settings: Facts, rows: int
 ) -> tuple[dict, list[Column], np.ndarray | None]:
     """(batch, columns, targets (B, classes) if labels are mixed) of step 0."""
-    options = {k: v for k, v in settings["data"].items() if k != "source"}
+    options = build.loader_section(**settings["data"])
     options |= {"batch": rows, "seed": settings["seed"], "workers": 0, "threads": 0}
     with contextlib.closing(batches(source, objective.views, **options)) as stream:
         batch = next(stream)

@@ -108,7 +108,7 @@ def images(program: Program) -> dict[str, Any]:
     """What the data sets hold: other images would make it another run."""
     names = "\n".join(program.source.class_names)
     found = {"train": len(program.source), "classes": zlib.crc32(names.encode())}
-    return found | ({"test": len(program.held_out)} if program.held_out else {})
+    return found | ({"test": len(program.held_out)} if program.evaluate else {})
 
 
 def evaluation_due(program: Program, settings: dict[str, Any], step: int) -> bool:
@@ -183,7 +183,7 @@ def loop(
     checkpoints: Checkpoints,
     writers: Sequence[Any],
     xray: XRay | None,
-    again: bool = False,
+    again: bool,
 ) -> None:
     """Steps `start` to the last; first the evaluation of `start`, if `again`. One
     iteration, in this order:
@@ -261,7 +261,7 @@ def loop(
                 except WorkerLost:  # a signal to the group ends the workers first
                     if not came:
                         raise
-                    if step > start + 1:
+                    if step - 1 > start and (step - 1) % save:  # else it is saved
                         keep(step - 1)
                     stop(step - 1)
                 waited += time.monotonic() - asked

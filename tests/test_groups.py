@@ -25,7 +25,7 @@ DECAYED = (1.0, True, False, 1.0)
 PLAIN = (0.0, True, False, 1.0)
 FROZEN = (1.0, True, True, 1.0)
 
-# MoCo v3 decays all it trains, vectors too (methods 2.6).
+# MoCo v3 decays all it trains, vectors too.
 MOCO_ENCODER = {
     "encoder/cls_token": DECAYED,
     "encoder/pos_embed": FROZEN,
@@ -64,7 +64,7 @@ MOCO = MOCO_ENCODER | {
     "heads/predictor/fc_1/kernel": DECAYED,
 }
 
-# SimMIM spares vectors and CLS, not the mask token or the bias table (methods 3.6).
+# SimMIM spares vectors and CLS, not the mask token or the bias table.
 SIMMIM_ENCODER = {
     "encoder/cls_token": PLAIN,
     "encoder/rel_table": DECAYED,
@@ -96,7 +96,7 @@ SIMMIM = SIMMIM_ENCODER | {
     "heads/decoder/bias": PLAIN,
 }
 
-# MoCo v3's heads under SimMIM's optimizer (methods 5.2): no decay on BatchNorm.
+# MoCo v3's heads under SimMIM's optimizer: no decay on BatchNorm.
 CONTRASTIVE = SIMMIM_ENCODER | {
     "heads/projector/fc_0/kernel": DECAYED,
     "heads/projector/bn_0/scale": PLAIN,
@@ -127,7 +127,7 @@ HYBRID = SIMMIM_ENCODER | {
     "heads/moco_v3/predictor/fc_1/kernel": DECAYED,
 }
 
-# MAE spares vectors alone: CLS and mask token are decayed (methods 4.5).
+# MAE spares vectors alone: CLS and mask token are decayed.
 MAE_ENCODER = {
     "encoder/cls_token": DECAYED,
     "encoder/pos_embed": FROZEN,
@@ -211,7 +211,7 @@ LARS = {
 
 
 def moco_v3_with_lars():
-    """photos_moco_v3 with the LARS of MoCo v3 (methods 2.6)."""
+    """photos_moco_v3 with the LARS of MoCo v3."""
     config = photos_moco_v3.get_config()
     config.optim = {
         "name": "lars",

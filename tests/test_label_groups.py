@@ -15,7 +15,7 @@ from clvsmim.configs import deit, finetune, linear_probe
 
 DECAYED, PLAIN = (1.0, False, 1.0), (0.0, False, 1.0)
 
-# DeiT: no decay on vectors, CLS and positions; one learning rate (methods 7.1).
+# DeiT: no decay on vectors, CLS and positions; one learning rate.
 DEIT = {
     "encoder/cls_token": PLAIN,
     "encoder/pos_embed": PLAIN,
@@ -42,7 +42,7 @@ DEIT = {
     "heads/last/rate_1/kernel": DECAYED,
     "heads/last/rate_1/bias": PLAIN,
 }
-# Layer decay: 0 is what feeds block 0, then the blocks, then the rest (methods 4.6).
+# Layer decay: 0 is what feeds block 0, then the blocks, then the rest.
 STEM_D, STEM = (1.0, False, "stem"), (0.0, False, "stem")
 BLOCK_D, BLOCK = (1.0, False, "block"), (0.0, False, "block")
 MAE = {
@@ -71,7 +71,7 @@ MAE = {
     "heads/last/rate_1/kernel": DECAYED,
     "heads/last/rate_1/bias": PLAIN,
 }
-# SimMIM: a bias table per block, decayed (2-D); no k bias, layer scale (methods 3.7).
+# SimMIM: a bias table per block, decayed (2-D); no k bias, layer scale.
 SIMMIM = {
     name: row
     for name, row in MAE.items()

@@ -154,7 +154,7 @@ def test_a_picture_shows_predicted_pixels_in_the_colours_of_the_image(replay):
 
 
 def test_mask_and_target_vectors():
-    """The test vectors of the specification (methods, section 10)."""
+    """Worked out by hand from the formulas."""
     keep, restore, mask = masks.mask_from_noise(np.array([0.5, 0.1, 0.9, 0.3]), 2)
     assert (keep.tolist(), restore.tolist()) == ([1, 3], [2, 0, 3, 1])
     assert mask.tolist() == [1, 0, 1, 0]
@@ -299,7 +299,7 @@ def test_initial_values(born):
 
 
 def test_the_decoder_has_the_published_size():
-    """Width 512, 8 blocks, 16 heads on ViT-B: methods 4.2, counted from its shapes."""
+    """Width 512, 8 blocks, 16 heads on ViT-B, as published, counted from its shapes."""
     encoder = tiny(MAE, image=(224, 224), patch=16, width=768, depth=12, heads=12)
     decoder = {"width": 512, "depth": 8, "heads": 16}
     params, _ = build.abstract_params(tiny_mae(encoder, decoder=decoder))

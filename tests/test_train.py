@@ -355,23 +355,31 @@ def test_an_evaluation_that_sigterm_cuts_short_is_made_up_for(
     assert runs.trace(tmp_path) == runs.trace(whole("classify"))
 
 
+@pytest.mark.parametrize("number, saved", [(8, [5, 7]), (6, [5])])
 def test_when_a_worker_is_lost_to_sigterm_the_step_before_is_saved(
-    whole, tmp_path, monkeypatch
+    whole, tmp_path, monkeypatch, number, saved
 ):
-    """A signal to the process group ends the workers before the loop sees it."""
-    real, seen = train.meshes.put, []
+    """A signal to the process group ends the workers before the loop sees it. What is
+    saved already is not written again, for that would remove it first."""
+    real, seen, written = train.meshes.put, [], []
+    save = train.Checkpoints.save
 
     def put(*args):
         seen.append(args)
-        if len(seen) == 8:
+        if len(seen) == number:
             os.kill(os.getpid(), signal.SIGTERM)
             raise train.WorkerLost("a data worker was killed")
         return real(*args)
 
+    def note(self, step, state):
+        written.append(step)
+        save(self, step, state)
+
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(train.meshes, "put", put)
+        patch.setattr(train.Checkpoints, "save", note)
         runs.run(tmp_path)
-    assert checkpoint.saved_steps(tmp_path) == [5, 7]
+    assert written == checkpoint.saved_steps(tmp_path) == saved
     runs.run(tmp_path)
     assert_same(tmp_path, whole("simmim"))
 

@@ -178,16 +178,16 @@ class Failures:
     def add(self, error: Unreadable, instead: str) -> None:
         """Raises ValueError if it is one too many."""
         with self.lock:
-            if str(error) in self.found:
-                return
+            named = str(error) in self.found
             self.found[str(error)] = None
-            if len(self.found) > self.limit:
+            if len(self.found) > self.limit:  # in each thread that meets one
                 raise ValueError(
                     f"{len(self.found)} images of {self.source!r} cannot be read, and "
                     f"data.unreadable allows {self.limit}; the last: "
                     + "; ".join(list(self.found)[-3:])
                 ) from error
-            print(f"{error} ({instead})", file=sys.stderr, flush=True)
+            if not named:
+                print(f"{error} ({instead})", file=sys.stderr, flush=True)
 
     def __reduce__(self) -> tuple:
         return Failures, (self.source, self.limit)  # a process counts for itself
