@@ -53,7 +53,7 @@ def test_train_and_test_regions_are_disjoint(scene):
     files, strip = photos.SCENES[scene]
     for file in files:
         size = photos.read_photo(file).size
-        train, test = (photos.region(size, strip, s) for s in photos.SPLITS)
+        train, test = (photos.region((0, 0, *size), strip, s) for s in photos.SPLITS)
         across = size[0] if strip in ("left", "right") else size[1]
         assert apart(train, test) >= 0.03 * across
         area = [(b[2] - b[0]) * (b[3] - b[1]) for b in (train, test)]
@@ -104,7 +104,7 @@ def test_stereo_pair_shares_rows_only():
     assert np.argmin(errors) == 2
     # And both files are cut at the same row.
     regions = {
-        photos.region(photos.read_photo(f).size, strip, "test")
+        photos.region((0, 0, *photos.read_photo(f).size), strip, "test")
         for f in (left_file, right_file)
     }
     assert len(regions) == 1
@@ -113,9 +113,9 @@ def test_stereo_pair_shares_rows_only():
 def test_scales_agree_between_splits():
     for files, strip in photos.SCENES.values():
         size = photos.read_photo(files[0]).size
-        most = photos.largest(size, strip)
+        most = photos.largest((0, 0, *size), strip)
         for split in photos.SPLITS:
-            box = photos.region(size, strip, split)
+            box = photos.region((0, 0, *size), strip, split)
             assert min(box[2] - box[0], box[3] - box[1]) >= most >= 80
 
 

@@ -65,6 +65,7 @@ class Photos:
     side: int
     seed: int
     color: bool
+    selection: bool
     name: str = "photos"
 
     @property
@@ -94,8 +95,11 @@ class Photos:
         rng = np.random.default_rng((self.seed, zlib.crc32(self.split.encode()), index))
         file = files[rng.integers(len(files))]
         size = read_photo(file).size
+        whole = (0, 0, *size)
+        if self.selection:  # what is held out stays unseen
+            whole = region(whole, strip, "train")
         return file, random_square(
-            region(size, strip, self.split), largest(size, strip), rng
+            region(whole, strip, self.split), largest(whole, strip), rng
         )
 
 
@@ -103,7 +107,13 @@ BILINEAR = Image.Resampling.BILINEAR
 
 
 def make(
-    *, split: str, length: int, side: int, seed: int = 0, color: bool = True
+    *,
+    split: str,
+    length: int,
+    side: int,
+    seed: int = 0,
+    color: bool = True,
+    selection: bool = False,
 ) -> Photos:
     """Square crops of 16 photographed scenes, item i of scene i % 16.
 
@@ -114,12 +124,14 @@ def make(
         per crop.
       seed: of the places of the crops.
       color: False makes every photograph grey.
+      selection: True divides the training parts once more and leaves the test parts
+        out of everything: to choose settings on, before "test" is looked at.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}, expected one of: train, test")
     if length < 1 or side < 1:
         raise ValueError(f"length {length} and side {side} must be at least 1")
-    return Photos(split, length, side, seed, color)
+    return Photos(split, length, side, seed, color, selection)
 
 
 @functools.cache
@@ -135,22 +147,23 @@ def read_photo(file: str) -> Image.Image:
     return read_image(pathlib.Path(found.origin).parent / rest)
 
 
-def region(size: tuple[int, int], strip: str, split: str) -> Box:
-    """The part of a photograph of (width, height) that a split may crop from."""
-    width, height = size
-    across = width if strip in ("left", "right") else height
-    test, gap = round(across * TEST_SHARE), round(across * GAP_SHARE)
-    near, far = (0, test) if split == "test" else (test + gap, across)
-    if strip in ("right", "bottom"):
-        near, far = across - far, across - near
+def region(box: Box, strip: str, split: str) -> Box:
+    """The part of a box of pixels that a split may crop from."""
+    left, upper, right, lower = box
+    near, far = (left, right) if strip in ("left", "right") else (upper, lower)
+    test, gap = (round((far - near) * share) for share in (TEST_SHARE, GAP_SHARE))
+    if strip in ("left", "top"):
+        edges = (near, near + test) if split == "test" else (near + test + gap, far)
+    else:
+        edges = (far - test, far) if split == "test" else (near, far - test - gap)
     if strip in ("left", "right"):
-        return near, 0, far, height
-    return 0, near, width, far
+        return edges[0], upper, edges[1], lower
+    return left, edges[0], right, edges[1]
 
 
-def largest(size: tuple[int, int], strip: str) -> int:
+def largest(box: Box, strip: str) -> int:
     """Side of the largest crop, the same for both splits so that scales agree."""
-    left, upper, right, lower = region(size, strip, "test")
+    left, upper, right, lower = region(box, strip, "test")
     return min(right - left, lower - upper)
 
 
