@@ -65,7 +65,7 @@ setup(
     # The recipes lie at the top, where people look for them, and ship in the package.
     packages=[*find_packages(include=["clvsmim", "clvsmim.*"]), "clvsmim.configs"],
     package_dir={"clvsmim.configs": "configs"},
-    package_data={"clvsmim.report": ["*.j2"]},
+    package_data={"clvsmim.report": ["*.j2"], "clvsmim.zoo": ["*/*"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["clvsmim = clvsmim.cli:main"]},

@@ -1,13 +1,13 @@
 """Does pre-training help? A probe and a fine-tuning of a trained encoder, and the same
 without it, for several seeds.
 
-    python benchmarks/labels.py                # about 20 minutes on two CPU cores
+    python benchmarks/labels.py                # about 45 minutes on two CPU cores
     python benchmarks/labels.py --seeds=2 --out=runs/labels
 
 For each seed it pre-trains the demo's MoCo v3 for `EPOCHS`, then runs the recipes of
 configs/demo_labels.py from that encoder and from an untrained one of the same seed. The
-images, the schedules and the number of epochs stand in these files and were fixed
-before any result was seen. Prints top-1 on held-out crops, and the paired difference
+images, the schedules and the number of epochs stand in these files and were fixed on
+seed 100, before any of the seeds that are counted was run (docs/benchmarks.md). Prints top-1 on held-out crops, and the paired difference
 with its 95% interval (Student's t over seeds). Stopped, it goes on where it was.
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 from clvsmim import claims, log, train
 from clvsmim.configs import demo, demo_labels
 
-EPOCHS = 4.0  # of pre-training, 32 steps of 128 images each
+EPOCHS = 16.0  # of pre-training, 32 steps of 128 images each
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from clvsmim import analysis, build, cli, meta, pictures, plugin, tree
+from clvsmim import analysis, build, cli, meta, packed, pictures, plugin, tree, zoo
 from clvsmim.checkpoint import restore_params
 from clvsmim.data.crops import to_image
 from clvsmim.measure import Part, Settings, Subject, forget, make_parts, measure
@@ -38,6 +38,8 @@ def main(argv: Sequence[str]) -> None:
         plugin.find("metrics", name)
     if not names:
         raise ValueError(f"--metrics names none; known: {', '.join(analysis.METRICS)}")
+    if rest[0].startswith(zoo.PREFIX) and not values.out:
+        raise ValueError(f"where to? {rest[0]} ships with the package: give --out")
     out = values.out or f"{rest[0]}/analysis"
     given = {k: getattr(values, k) for k in Settings._fields}
     analyze(rest[0], out, Settings(**given | {"metrics": names}))
@@ -88,6 +90,7 @@ def load(workdir: str) -> Trained:
     Raises:
       ValueError: the folder holds no run, or a checkpoint of another architecture.
     """
+    workdir = zoo.place(workdir)
     found = meta.read_meta(workdir)
     if found is None:
         raise ValueError(f"no run in {workdir}; expected a --workdir of clvsmim train")
@@ -100,6 +103,8 @@ def load(workdir: str) -> Trained:
     shapes = dict(
         zip(("params", "extra"), build.abstract_params(objective), strict=True)
     )
+    if packed.is_packed(workdir):
+        shapes = packed.kept(shapes)
     whole = jax.device_get(tree.strict(shapes, saved, f"the checkpoint in {workdir}"))
     return Trained(config, objective, whole["params"], whole["extra"], step)
 
@@ -145,7 +150,8 @@ def analyze(workdir: str, out: str, settings: Settings) -> list[Series]:
         epath.Path(f"{out}/series.json").unlink(missing_ok=True)
         series += save_pictures(run, parts["test"], f"{out}/pictures.npz")
         analysis.save(f"{out}/state.npz", whole)
-        about = {"config": run.config, "workdir": str(workdir), "step": run.step}
+        about = {"config": run.config, "workdir": zoo.place(str(workdir))}
+        about |= {"step": run.step}
         analysis.write_series(out, series, asked | about)
     for place in (out, decoder_of(out)):
         forget(place)

@@ -103,7 +103,7 @@ def program(
     plugin.call(log_section, "log", **log)
     plugin.call(eval_section, "eval", **eval)
     plugin.call(xray_section, "xray", **xray)
-    plugin.check(init_section, "init", init)
+    plugin.call(init_section, "init", **init)
     grid = plugin.call(meshes.make, "mesh", devices=devices, **mesh)
     meshes.check_batch(batch, grid)
     method = make_objective(make_encoder(encoder), input, objective)
@@ -183,8 +183,12 @@ def xray_section(*, share: float, least: int, images: int) -> None:
         )
 
 
-def init_section(*, path: str) -> None:
-    """Names the keys of the section `init`: the workdir whose encoder to start from."""
+def init_section(*, path: str = "", zoo: str = "") -> str:
+    """The keys of the section `init`: the workdir whose encoder to start from, or the
+    member of the mini zoo. Returns the run, "" for none."""
+    if path and zoo:
+        raise ValueError(f"init.path={path!r} and init.zoo={zoo!r}: use one of them")
+    return f"zoo:{zoo}" if zoo else path
 
 
 def loader_section(

@@ -17,7 +17,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from clvsmim import tree
+from clvsmim import packed, tree
 
 
 class Checkpoints:
@@ -126,6 +126,8 @@ def restore_params(
             if name.split("/")[0] in fields
         }
 
+    if packed.is_packed(workdir):
+        return packed.read(workdir, fields=fields, sharding=sharding)
     _check_exists(workdir)
     manager = _manager(workdir, read_only=True)
     try:

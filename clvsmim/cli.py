@@ -26,6 +26,7 @@ VERBS = {
     "compare": "show two or more analyses side by side",
     "merge": "add analyses of one encoder on different images",
     "sweep": "train, probe and measure a hybrid for each weight of its two losses",
+    "zoo": "list the small trained encoders that ship with this package",
     "demo": "train three small encoders on photographs, measure them, show the report",
 }
 

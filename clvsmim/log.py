@@ -5,6 +5,7 @@ Each of the three has `write(record)`, `flush()` and `close()`; a record is a di
 """
 
 import datetime
+import gzip
 import io
 import json
 import math
@@ -261,7 +262,11 @@ def _is_remote(path: str) -> bool:
 
 
 def _text(path: epath.Path) -> str:
-    return path.read_text() if path.exists() else ""
+    """Of a log, or of the compressed one of a packed run."""
+    if path.exists():
+        return path.read_text()
+    small = path.with_name(f"{path.name}.gz")
+    return gzip.decompress(small.read_bytes()).decode() if small.exists() else ""
 
 
 def _plain(value: Any, special: bool = True) -> Any:

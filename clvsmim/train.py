@@ -26,7 +26,15 @@ from ml_collections import ConfigDict
 
 from clvsmim import cli, flops, meta, transfer
 from clvsmim import mesh as meshes
-from clvsmim.build import Program, build, count, loader_section, log_section, plain
+from clvsmim.build import (
+    Program,
+    build,
+    count,
+    init_section,
+    loader_section,
+    log_section,
+    plain,
+)
 from clvsmim.checkpoint import Checkpoints, saved_steps
 from clvsmim.data import WorkerLost
 from clvsmim.data.pipeline import batches, eval_batches
@@ -79,7 +87,9 @@ def train(
     facts |= {"steps": program.total}
     given = None  # read, and refused, before anything is written
     if not saved_steps(workdir):
-        given = given_encoder(program, settings["init"]["path"], settings["input"])
+        given = given_encoder(
+            program, init_section(**settings["init"]), settings["input"]
+        )
     facts |= {"images": images(program)}
     meta.prepare(workdir, settings, facts, ignore=FREE, same=("images",))
     log = settings["log"]
@@ -132,9 +142,13 @@ def say(program: Program, settings: dict[str, Any], start: int, name: str) -> No
     done = f"{start} of {program.total} steps of {settings['batch']} images"
     left = "compiling the step" if start < program.total else "nothing left to do"
     who = name or settings["objective"]["name"]
-    path = settings["init"]["path"]
+    path = init_section(**settings["init"])
     if path or "encoder/.*" in program.objective.frozen:
-        who += f" from {path}" if path else " of an untrained encoder (no init.path)"
+        who += (
+            f" from {path}"
+            if path
+            else " of an untrained encoder (no init.path, no init.zoo)"
+        )
     print(f"{who}: {done} on {where}; {left}", file=sys.stderr, flush=True)
 
 

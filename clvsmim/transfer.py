@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from clvsmim import tree
+from clvsmim import tree, zoo
 from clvsmim.checkpoint import restore_params
 from clvsmim.meta import read_meta
 from clvsmim.vit import Spec
@@ -30,8 +30,9 @@ def read(
     Raises:
       ValueError: it does not fit, as `fit`, or there is none.
     """
-    found, _ = restore_params(workdir, sharding=sharding)
-    about = read_meta(workdir)
+    folder = zoo.place(workdir)
+    found, _ = restore_params(folder, sharding=sharding)
+    about = read_meta(folder)
     what = f"init.path={workdir}"
     if about is not None and (spec.position, spec.relative) != ("none", "none"):
         check_grid(about["encoder"], spec, what)
@@ -51,7 +52,7 @@ def settings_of(workdir: str) -> dict[str, Any]:
     Raises:
       ValueError: nobody trained there.
     """
-    about = read_meta(workdir)
+    about = read_meta(zoo.place(workdir))
     if about is None:
         raise ValueError(
             f"no meta.json in {workdir!r}; expected a --workdir of `clvsmim train`"

@@ -32,7 +32,9 @@ def get_config(member: str = "moco_v3") -> ConfigDict:
         known = ", ".join(STEPS)
         raise ValueError(f"configs/mini_zoo.py:{method} does not exist; known: {known}")
     if seed and not seed.isdecimal():
-        raise ValueError(f"configs/mini_zoo.py:{member}: expected a seed after the comma")
+        raise ValueError(
+            f"configs/mini_zoo.py:{member}: expected a seed after the comma"
+        )
     config = ConfigDict({"seed": int(seed or 0), "batch": 128})
     config.epochs = STEPS[method] * config.batch / CROPS
     config.encoder = dict(

@@ -114,12 +114,14 @@ def make(
     seed: int = 0,
     color: bool = True,
     selection: bool = False,
+    test_length: int = 0,
 ) -> Photos:
     """Square crops of 16 photographed scenes, item i of scene i % 16.
 
     Args:
       split: "train" or "test"; no pixel is in both.
       length: how many crops; item i is the same whatever the length.
+      test_length: of the split "test", where it is not that of both (0).
       side: of the images returned, in pixels. The photographs hold 120 to 420 pixels
         per crop.
       seed: of the places of the crops.
@@ -129,6 +131,8 @@ def make(
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}, expected one of: train, test")
+    if split == "test" and test_length:
+        length = test_length
     if length < 1 or side < 1:
         raise ValueError(f"length {length} and side {side} must be at least 1")
     return Photos(split, length, side, seed, color, selection)

@@ -1,0 +1,97 @@
+"""A trained run as a few small files: its encoder as float16, its config, its logs.
+
+A packed run lies where a workdir may: it is analyzed, probed and fine-tuned like one.
+It cannot be trained on, for the optimizer and what only training needs are gone.
+"""
+
+import gzip
+import hashlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from clvsmim import log, meta, tree
+from clvsmim.analysis import load_arrays, save_arrays, write_whole
+
+Tree = Any
+
+WEIGHTS = "weights.npz"
+LOGS = ("log.jsonl", "xray.jsonl")
+# Contrastive learning's heads and its teacher: no measurement or picture uses them.
+DROPPED = r"(params|extra)/heads/(.*/)?(projector|predictor|teacher|teacher_stats)/.*"
+
+
+def pack(trained: Any, workdir: str, folder: str) -> None:
+    """Write what `analyze.load` read of a workdir, and its logs, to `folder`.
+
+    Its meta.json has what that of the workdir has, and the step, the seconds of
+    training, and the SHA-256 of every file.
+    """
+    arrays = kept({"params": trained.params, "extra": trained.extra})
+    save_arrays(
+        f"{folder}/{WEIGHTS}",
+        {name: np.asarray(x, np.float16) for name, x in tree.named(arrays).items()},
+    )
+    for name in LOGS:
+        text = (epath.Path(workdir) / name).read_bytes()
+        # No time of writing inside: the same log makes the same file.
+        write_whole(f"{folder}/{name}.gz", gzip.compress(text, mtime=0))
+    files = (WEIGHTS, *(f"{name}.gz" for name in LOGS))
+    records = log.read(f"{workdir}/log.jsonl")
+    about = {
+        "step": trained.step,
+        "seconds": round(seconds(records)),
+        "sha256": {name: sha256(f"{folder}/{name}") for name in files},
+    }
+    meta.write_meta(folder, (meta.read_meta(workdir) or {}) | about)
+
+
+def is_packed(folder: str) -> bool:
+    """Whether `folder` holds a packed run."""
+    return (epath.Path(folder) / WEIGHTS).exists()
+
+
+def read(
+    folder: str,
+    *,
+    fields: Sequence[str] = ("params", "extra"),
+    sharding: jax.sharding.Sharding | None = None,
+) -> tuple[dict[str, Any], int]:
+    """As `checkpoint.restore_params`, in float32.
+
+    Raises:
+      ValueError: the weights are not those that were packed.
+    """
+    about = meta.read_meta(folder) or {}
+    want = about.get("sha256", {}).get(WEIGHTS)
+    path = f"{folder}/{WEIGHTS}"
+    if sha256(path) != want:
+        raise ValueError(f"{path} is damaged: another SHA-256 than in meta.json")
+    arrays = load_arrays(path, tuple(f"{field}/" for field in fields))
+    arrays = {name: x.astype(np.float32) for name, x in arrays.items()}
+    placed = {name: jax.device_put(x, sharding) for name, x in arrays.items()}
+    return {field: {} for field in fields} | tree.nest(placed), about["step"]
+
+
+def kept(whole: Tree) -> Tree:
+    """{"params", "extra"} without what packing leaves out."""
+    left = {
+        name: x for name, x in tree.named(whole).items() if not re.match(DROPPED, name)
+    }
+    return {field: {} for field in whole} | tree.nest(left)
+
+
+def seconds(records: Sequence[log.Record]) -> float:
+    """Of training, over all its starts, each of which counts from its own 0."""
+    times = [r["seconds"] for r in records if "seconds" in r]
+    ends = [a for a, b in zip(times, times[1:], strict=False) if b < a]
+    return sum(ends) + (times[-1] if times else 0.0)
+
+
+def sha256(path: str) -> str:
+    """Of a file, in hex."""
+    return hashlib.sha256(epath.Path(path).read_bytes()).hexdigest()
