@@ -7,8 +7,9 @@ without it, for several seeds.
 For each seed it pre-trains the demo's MoCo v3 for `EPOCHS`, then runs the recipes of
 configs/demo_labels.py from that encoder and from an untrained one of the same seed. The
 images, the schedules and the number of epochs stand in these files and were fixed on
-seed 100, before any of the seeds that are counted was run (docs/benchmarks.md). Prints top-1 on held-out crops, and the paired difference
-with its 95% interval (Student's t over seeds). Stopped, it goes on where it was.
+seed 100, before any of the seeds that count was run (docs/benchmarks.md). Prints top-1
+on held-out crops, and the paired difference with its 95% interval (Student's t over
+seeds). Stopped, it goes on where it was.
 """
 
 import argparse

@@ -9,10 +9,10 @@ labels alone teach.
     clvsmim train --config=configs/demo_labels.py:probe --workdir=runs/untrained
     clvsmim train --config=configs/demo_labels.py:finetune --workdir=runs/scratch
 
-256 labelled crops of the sixteen photographs, sixteen of each, and 15 epochs, a
-quarter of a minute each on two CPU cores; evaluated on 1024 crops of the parts that are never
-trained on. No published result: it exists to see whether pre-training helps where
-labels are few (benchmarks/labels.py).
+256 labelled crops, sixteen of each photograph, and 15 epochs, a quarter of a minute on
+two CPU cores; evaluated on 1024 crops of the parts that are never trained on. No
+published result: it exists to see whether pre-training helps where labels are few
+(benchmarks/labels.py).
 """
 
 from ml_collections import ConfigDict
