@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from clvsmim import optim, tree
-from clvsmim.objectives import Objective, fold
+from clvsmim.objectives import Objective, cast_kernels, fold
 
 Tree = Any
 
@@ -66,6 +66,7 @@ def make_step(
       total: steps in all; `progress = step / total`.
     """
     keep = optim.keep(optimizer.groups)
+    dtype = objective.encoder.spec.dtype
 
     def step(state: State, batch: Tree) -> tuple[State, dict]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -74,6 +75,8 @@ def make_step(
 
         def loss_of(trainable: Tree) -> tuple[jax.Array, tuple[Tree, dict]]:
             params = tree.combine(trainable, frozen)
+            # The branches of a hybrid share this copy.
+            params = {**params, "encoder": cast_kernels(params["encoder"], dtype)}
             progress = state.step / total
             return objective.loss(
                 params, state.extra, inputs, key, progress=progress, train=True

@@ -65,6 +65,8 @@ class Spec:
       dtype: of matrix products and activations: "float32" or "bfloat16".
       remat: recompute each block in the backward pass (less memory, more time).
       mlp_ratio: hidden width of the MLP over D.
+      scan: compile one block and loop over it wherever taps are not asked for. The
+        parameters stay block_0, block_1 ... and are stacked on the way in.
     """
 
     width: int
@@ -84,6 +86,7 @@ class Spec:
     dtype: str
     remat: bool
     mlp_ratio: float = 4.0
+    scan: bool = False
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -150,17 +153,18 @@ class ViT(nn.Module):
         return x
 
     def encode(
-        self, tokens: jax.Array, key: jax.Array | None = None
+        self, tokens: jax.Array, key: jax.Array | None = None, taps: bool = True
     ) -> tuple[jax.Array, dict[str, tuple[jax.Array, ...]]]:
         """Run the blocks on placed tokens (B, T, D).
 
         Args:
           tokens: from `place`. Any number of tokens, unless `relative` is used.
           key: draws drop path; None turns it off.
+          taps: False where nobody reads them, which `spec.scan` needs to know.
 
         Returns:
-          The tokens (B, T, D) after the final norm if there is one, and the taps, all
-          before the final norm; what nobody reads, jit prunes:
+          The tokens (B, T, D) after the final norm if there is one, and the taps ({} if
+          not wanted), all before the final norm; what nobody reads, jit prunes:
             "residual": 2L + 1 arrays (B, T, D): the embedding, then after each
               block's attention and after each block's MLP;
             "attention": L arrays (B, H, T, T), probabilities, float32;
@@ -169,16 +173,20 @@ class ViT(nn.Module):
         spec = self.spec
         shared = spec.relative == "shared"
         bias = relative_bias(self.rel_table, spec) if shared else None
-        x, taps = through(self.block, tokens.astype(spec.dtype), bias, key)
+        x, found = through(self.block, tokens.astype(spec.dtype), bias, key, taps)
         if spec.final_norm:
             x = self.ln_final(x).astype(spec.dtype)
-        return x, taps
+        return x, found
 
     def __call__(
-        self, images: jax.Array, key: jax.Array | None = None, train: bool = False
+        self,
+        images: jax.Array,
+        key: jax.Array | None = None,
+        train: bool = False,
+        taps: bool = True,
     ) -> tuple[jax.Array, dict[str, tuple[jax.Array, ...]]]:
         """`encode(place(embed(images)))`."""
-        return self.encode(self.place(self.embed(images, train)), key)
+        return self.encode(self.place(self.embed(images, train)), key, taps)
 
 
 def make(**fields: object) -> ViT:
@@ -238,7 +246,9 @@ class Decoder(nn.Module):
         """The encoder's tokens (B, any number, D) in the decoder's width."""
         return self.proj(tokens)
 
-    def decode(self, x: jax.Array) -> tuple[jax.Array, dict[str, tuple]]:
+    def decode(
+        self, x: jax.Array, taps: bool = True
+    ) -> tuple[jax.Array, dict[str, tuple]]:
         """All tokens (B, T, width), in order -> as `ViT.encode`.
 
         The positions are constants: fixed sin-cos, nothing for the prefix.
@@ -247,8 +257,8 @@ class Decoder(nn.Module):
         table = sincos_table(spec.grid, spec.width, rows_first=False)
         table = np.pad(table, ((spec.prefix, 0), (0, 0)))[None]  # (1, T, width)
         x = shard_batch(x.astype(spec.dtype) + jnp.asarray(table, spec.dtype))
-        x, taps = through(self.block, x, None, None)
-        return self.ln_final(x).astype(spec.dtype), taps
+        x, found = through(self.block, x, None, None, taps)
+        return self.ln_final(x).astype(spec.dtype), found
 
     def predict(self, tokens: jax.Array) -> jax.Array:
         """Decoded tokens (B, T, width) -> patches (B, N, P * P * 3), float32."""
@@ -270,23 +280,63 @@ def through(
     x: jax.Array,
     bias: jax.Array | None,
     key: jax.Array | None,
+    taps: bool = True,
 ) -> tuple[jax.Array, dict[str, tuple[jax.Array, ...]]]:
     """Run tokens (B, T, D) through blocks: the last output, and the taps by name."""
+    spec, depth = blocks[0].spec, len(blocks)
+    kept = [1.0 - spec.drop_path * i / max(depth - 1, 1) for i in range(depth)]
+    keys = None
+    if key is not None and spec.drop_path:
+        keys = jax.random.split(key, depth)
+    if spec.scan and not taps:
+        return scanned(blocks, x, bias, keys, kept), {}
     residual, attention, head_outputs = [x], [], []
-    keys = [None] * len(blocks)
-    if key is not None and blocks[0].spec.drop_path:
-        keys = jax.random.split(key, len(blocks))
-    for block, own in zip(blocks, keys, strict=True):
-        taps = block(x, bias, own)
-        x = shard_batch(taps["mlp"])
-        residual += [taps["attn"], x]
-        attention.append(taps["attention"])
-        head_outputs.append(taps["head_outputs"])
+    for i, block in enumerate(blocks):
+        # The first block never drops.
+        own = None if keys is None or kept[i] == 1.0 else keys[i]
+        found = block(x, bias, own, kept[i])
+        x = shard_batch(found["mlp"])
+        residual += [found["attn"], x]
+        attention.append(found["attention"])
+        head_outputs.append(found["head_outputs"])
+    if not taps:
+        return x, {}
     return x, {
         "residual": tuple(residual),
         "attention": tuple(attention),
         "head_outputs": tuple(head_outputs),
     }
+
+
+def scanned(
+    blocks: Sequence["Block"],
+    x: jax.Array,
+    bias: jax.Array | None,
+    keys: jax.Array | None,
+    kept: Sequence[float],
+) -> jax.Array:
+    """Tokens (B, T, D) through blocks of equal form, as a loop over one of them.
+
+    Its parameters are slices of the blocks' own, stacked here: (L, ...) each.
+    """
+    spec = blocks[0].spec
+    block = Block(spec, 0, parent=None)  # the index is for new parameters only
+    own = [block.variables["params"] for block in blocks]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *own)
+
+    def one(x: jax.Array, part: tuple) -> tuple[jax.Array, None]:
+        params, key, keep = part
+        found = block.apply({"params": params}, x, bias, key, keep)
+        return shard_batch(found["mlp"]), None
+
+    # What a loop keeps for the way back stays in memory, L times, while of unrolled
+    # blocks the compiler recomputes what is cheap. So keep the linear products alone.
+    policy = (
+        None if spec.remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    )
+    one = jax.checkpoint(one, prevent_cse=False, policy=policy)
+    parts = (stacked, keys, np.asarray(kept, np.float32))
+    return jax.lax.scan(one, x, parts)[0]
 
 
 class Block(nn.Module):
@@ -297,16 +347,19 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, bias: jax.Array | None, key: jax.Array | None
+        self,
+        x: jax.Array,
+        bias: jax.Array | None,
+        key: jax.Array | None,
+        keep: float | jax.Array,
     ) -> dict[str, jax.Array]:
-        rate = self.spec.drop_path * self.index / max(self.spec.depth - 1, 1)
         keys = (None, None) if key is None else jax.random.split(key)
         out, attention, heads = Attention(self.spec, self.index, name="attn")(
             layer_norm("ln1")(x), bias
         )
-        attn = x + drop_path(self.scale("gamma_1", out), rate, keys[0])
+        attn = x + drop_path(self.scale("gamma_1", out), keep, keys[0])
         out = MLP(self.spec, self.index, name="mlp")(layer_norm("ln2")(attn))
-        mlp = attn + drop_path(self.scale("gamma_2", out), rate, keys[1])
+        mlp = attn + drop_path(self.scale("gamma_2", out), keep, keys[1])
         return {
             "attn": attn,
             "mlp": mlp,
@@ -436,12 +489,14 @@ def layer_norm(name: str | None = None) -> nn.LayerNorm:
     )
 
 
-def drop_path(branch: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Drop a whole branch per sample with probability `rate`, rescale the kept."""
-    if key is None or not rate:
+def drop_path(
+    branch: jax.Array, keep: float | jax.Array, key: jax.Array | None
+) -> jax.Array:
+    """Keep a whole branch per sample with probability `keep`, rescale the kept."""
+    if key is None:
         return branch
-    keep = jax.random.bernoulli(key, 1.0 - rate, (branch.shape[0], 1, 1))
-    return branch * (keep / (1.0 - rate)).astype(branch.dtype)
+    mask = jax.random.bernoulli(key, keep, (branch.shape[0], 1, 1))
+    return branch * (mask / keep).astype(branch.dtype)
 
 
 def shard_batch(x: jax.Array) -> jax.Array:

@@ -98,6 +98,7 @@ def encoder(method: str, size: str, *, image: int, patch: int) -> dict:
         init=inits.get(method, "simmim"),
         dtype="bfloat16",
         remat=False,
+        scan=False,
     )
 
 

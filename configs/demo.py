@@ -39,6 +39,7 @@ def get_config(name: str = "hybrid") -> ConfigDict:
         init="simmim",
         dtype="float32",
         remat=False,
+        scan=False,
     )
     config.input = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     moco_v3, simmim = contrastive(), masked()

@@ -68,7 +68,7 @@ def get_config(what: str = "probe") -> ConfigDict:
         schedule["base"] = 1e-3
     config.optim = rule | dict(schedule=schedule)
     config.mesh = dict(fsdp=1)
-    config.log = dict(every=10, save=100, keep=1, tensorboard=False)
+    config.log = dict(every=10, save=30, keep=1, tensorboard=False)
     config.eval = dict(epochs=5.0, images=0)
     config.xray = dict(share=0.0, least=50, images=64)
     return config

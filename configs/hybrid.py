@@ -57,6 +57,7 @@ def get_config(variant: str = "B") -> ConfigDict:
         init="mae" if mae else "simmim",
         dtype="bfloat16",
         remat=False,
+        scan=False,
     )
     config.input = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     view = dict(

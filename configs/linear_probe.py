@@ -60,6 +60,7 @@ ENCODER = dict(
     init="timm",
     dtype="bfloat16",
     remat=False,
+    scan=False,
 )
 SIMMIM = dict(relative="shared", layer_scale=0.1, qkv_bias="qv", init="simmim")
 OF = dict(  # whose encoder it is, where no run says so
@@ -83,7 +84,7 @@ def get_config(what: str = "paper") -> ConfigDict:
     config.batch = 16384 if mae else 1024
     config.epochs = 90.0 if protocol in ("moco_v3", "mae") else 50.0
     start_from(config, run, ENCODER | OF[protocol])
-    config.encoder.update(drop_path=0.0, remat=False)  # of no use to a frozen encoder
+    config.encoder.update(drop_path=0.0, remat=False, scan=False)  # it is frozen
     if protocol == "paper":  # a BatchNorm magnifies what bfloat16 rounds off
         config.encoder.dtype = "float32"
     side, depth = max(config.encoder.image), config.encoder.get_ref("depth")

@@ -59,6 +59,7 @@ def get_config(variant: str = "B") -> ConfigDict:
         init="mae",
         dtype="bfloat16",
         remat=size in ("L", "H"),
+        scan=False,
     )
     config.input = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     config.objective = dict(

@@ -63,6 +63,7 @@ def get_config(variant: str = "B") -> ConfigDict:
         init="moco_v3",
         dtype="bfloat16",
         remat=size == "L",
+        scan=False,
     )
     config.input = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     view = dict(

@@ -34,6 +34,7 @@ def get_config() -> ConfigDict:
         init="simmim",
         dtype="bfloat16",
         remat=False,
+        scan=False,
     )
     config.input = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     view = dict(

@@ -29,6 +29,7 @@ TINY = {
     "init": "timm",
     "dtype": "float32",
     "remat": False,
+    "scan": False,
 }
 MOCO = TINY | {"position": "moco_sincos", "init": "moco_v3"}
 SIMMIM = TINY | {

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from models import QUICK, pictures, small
+from test_collectives import collectives
 
 from clvsmim import build, mesh, tree
 
@@ -45,10 +46,16 @@ class Run(NamedTuple):
 
 
 @functools.cache
+def compiled(method, devices, fsdp):
+    """`step` of the program, compiled."""
+    p = program(method, devices, fsdp)
+    return p.step.lower(p.state, p.batch).compile(QUICK)
+
+
+@functools.cache
 def run(method, devices, fsdp):
     """Three steps on the same pictures: losses and the state after them."""
-    p = program(method, devices, fsdp)
-    step = p.step.lower(p.state, p.batch).compile(QUICK)
+    p, step = program(method, devices, fsdp), compiled(method, devices, fsdp)
     state = jax.device_put(beginning(method), jax.tree.map(_sharding, p.state))
     losses = []
     for i in range(3):
@@ -80,6 +87,18 @@ def test_law_eight_devices_train_as_one(method, grid):
     assert len(set(one)) == 3  # it trains
     np.testing.assert_allclose(eight[0], one[0], rtol=FIRST)
     np.testing.assert_allclose(eight[2], one[2], rtol=THIRD[method])
+
+
+def test_data_parallel_exchanges_gradients_statistics_and_keys_alone():
+    p = program("moco_v3", *GRIDS["data 8"])
+    found = collectives(compiled("moco_v3", *GRIDS["data 8"]))
+    assert {kind for kind, _, _ in found} == {"all-reduce", "all-gather"}
+    keys = [size for kind, size, _ in found if kind == "all-gather"]
+    assert keys == [16 * 32] * 2  # the keys of each view
+    # The CPU's compiler adds the gradients of the two views after their exchange.
+    # The rest are batch statistics; an activation of a block has 16 x 17 x 32 numbers.
+    sent = sum(size for kind, size, _ in found if kind == "all-reduce")
+    assert 0 < sent - 2 * build.count(p.state.params) < 16 * 17 * 32
 
 
 # From 1024 elements on: split on the largest dimension, the first of two.

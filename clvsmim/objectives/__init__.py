@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from clvsmim import plugin
+from clvsmim import plugin, tree
 from clvsmim.data.crops import RandomResizedCrop
 from clvsmim.flops import Forward
 
@@ -78,14 +78,36 @@ def fold(key: jax.Array, name: str) -> jax.Array:
 
 
 def apply(
-    module: Any, params: Tree, stats: Tree, *args: Any, train: bool, method: str = None
+    module: Any,
+    params: Tree,
+    stats: Tree,
+    *args: Any,
+    train: bool,
+    method: str = None,
+    taps: bool = True,
 ) -> tuple[Any, Tree]:
-    """Apply a module: (its output, its batch statistics, updated if `train`)."""
+    """Apply a module: (its output, its batch statistics, updated if `train`).
+
+    `taps` is for the methods of a ViT that return some: False where nobody reads them.
+    """
     variables = {"params": params, "stats": stats}
     if method != "encode":  # the blocks hold no batch statistics
         args = (*args, train)
-    out, new = module.apply(variables, *args, method=method, mutable=["stats"])
+    more = {} if taps else {"taps": False}
+    out, new = module.apply(variables, *args, method=method, mutable=["stats"], **more)
     return out, new.get("stats", stats) if train else stats
+
+
+def cast_kernels(params: Tree, dtype: str) -> Tree:
+    """Every `kernel` in the dtype that its product is computed in anyway.
+
+    A module casts what it is given, so each pass (two views, two objectives) would have
+    a gradient of its own to exchange between devices. Those of one copy are added
+    before.
+    """
+    return tree.map_named(
+        lambda name, x: x.astype(dtype) if name.endswith("kernel") else x, params
+    )
 
 
 def init_encoder(module: Any, key: jax.Array, images: jax.Array, given: Tree) -> Tree:

@@ -296,6 +296,7 @@ def logits(
         images,
         key,
         train=train_encoder,
+        taps=any(number is not None for number in heads.blocks.values()),
     )
     new, out = dict(extra["heads"]), {}
     for block, number in heads.blocks.items():

@@ -144,7 +144,7 @@ def encode(
     placed = encoder.apply({"params": params["encoder"]}, e, method="place")
     prefix, patches = jnp.split(placed, [encoder.spec.prefix], axis=1)
     tokens = jnp.concatenate([prefix, gather(patches, inputs["keep"])], axis=1)
-    (tokens, _), _ = use(tokens, key, method="encode")
+    (tokens, _), _ = use(tokens, key, method="encode", taps=False)
     return tokens, stats
 
 
@@ -159,7 +159,8 @@ def decode(
     token = heads["mask_token"].astype(x.dtype)
     token = jnp.broadcast_to(token, (len(x), hidden, x.shape[2]))
     patches = gather(jnp.concatenate([seen, token], axis=1), restore)  # (B, N, width)
-    x, _ = use(jnp.concatenate([prefix, patches], axis=1), method="decode")
+    x = jnp.concatenate([prefix, patches], axis=1)
+    x, _ = use(x, method="decode", taps=False)
     return use(x, method="predict")
 
 

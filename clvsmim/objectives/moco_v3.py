@@ -12,6 +12,7 @@ from clvsmim.objectives import (
     Objective,
     Tree,
     apply,
+    cast_kernels,
     ema,
     ema_rate,
     fold,
@@ -136,7 +137,8 @@ def loss(
     Logged is the rate at which the teacher in use was last moved.
     """
     modules = {"encoder": encoder} | heads
-    student = {"encoder": params["encoder"]} | params["heads"]
+    trained = cast_kernels(params["heads"], encoder.spec.dtype)
+    student = {"encoder": params["encoder"]} | trained
     stats = {"encoder": extra["encoder"]} | extra["heads"]
     teacher, teacher_stats = stats.pop("teacher"), stats.pop("teacher_stats")
     queries, keys = [], []
@@ -165,7 +167,8 @@ def project(
     placed = modules["encoder"].apply(
         {"params": params["encoder"]}, patches, method="place"
     )
-    (tokens, _), _ = encode(stats["encoder"], placed, key, train=train, method="encode")
+    run = partial(encode, method="encode", taps=False)
+    (tokens, _), _ = run(stats["encoder"], placed, key, train=train)
     out = tokens[:, 0]  # (B, T, D) -> (B, D)
     for name in ("projector", "predictor"):
         if name in params:

@@ -108,7 +108,8 @@ def predict(
     token = params["heads"]["mask_token"].astype(e.dtype)
     e = e * (1 - hidden) + token * hidden
     placed = encoder.apply({"params": params["encoder"]}, e, method="place")
-    (tokens, _), _ = encode(extra["encoder"], placed, key, train=train, method="encode")
+    run = partial(encode, method="encode", taps=False)
+    (tokens, _), _ = run(extra["encoder"], placed, key, train=train)
     patches = tokens[:, encoder.spec.prefix :]  # (B, T, D) -> (B, N, D)
     pixels = decoder.apply({"params": params["heads"]["decoder"]}, patches)
     grid, p = encoder.spec.grid, encoder.spec.patch
