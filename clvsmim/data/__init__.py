@@ -4,10 +4,14 @@ A source is a file here with `make(*, split, ...) -> Source`; a host view is a f
 dataclass of `crops.py`, or any other picklable callable with a name.
 """
 
-from typing import Any, Protocol
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from PIL import Image
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 class Unreadable(ValueError):

@@ -1,19 +1,25 @@
-"""Host views: `(PIL image, numpy Generator) -> uint8 (h, w, 3)`, run by the workers."""
+"""Host views: `(PIL image, numpy Generator) -> uint8 (h, w, 3)`, run by the workers.
+
+Objectives name their views, so Pillow is imported only where an image is touched: what
+never decodes one (steps on arrays, compiling ahead of time) runs without it.
+"""
+
+from __future__ import annotations
 
 import io
 import math
 import pathlib
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from clvsmim.data import Unreadable
 
-FILTERS = {
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-}
+if TYPE_CHECKING:
+    from PIL import Image
+
+FILTERS = {"bilinear": 2, "bicubic": 3}  # as Pillow numbers them (Image.Resampling)
 SHRINKS = (1, 2, 4, 8)  # what a JPEG can be decoded at
 Box = tuple[int, int, int, int]  # left, upper, right, lower, in pixels
 
@@ -159,6 +165,8 @@ def read_image(path: pathlib.Path) -> Image.Image:
     Raises:
       Unreadable: the file is missing or is no image, with its name.
     """
+    from PIL import Image
+
     try:
         with Image.open(path) as image:
             return to_image(image)
@@ -172,6 +180,8 @@ def open_image(name: str, data: bytes) -> Image.Image:
     Raises:
       Unreadable: the bytes are no image, with the name.
     """
+    from PIL import Image
+
     try:
         image = Image.open(io.BytesIO(data))
     except Exception as error:  # each of Pillow's plugins has its own
@@ -189,6 +199,8 @@ def to_image(image: Image.Image | np.ndarray) -> Image.Image:
     Raises:
       Unreadable: the file under a Pillow image cannot be read, with its name.
     """
+    from PIL import Image
+
     if isinstance(image, np.ndarray):
         return Image.fromarray(image)
     try:
@@ -199,6 +211,8 @@ def to_image(image: Image.Image | np.ndarray) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
+    from PIL import Image
+
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I"):  # 16 bits of grey, which `convert` would clip
@@ -216,6 +230,8 @@ def to_array(image: Image.Image) -> np.ndarray:
 
 def unreadable(name: object, error: Exception) -> Unreadable:
     """The error for an image that cannot be read."""
+    from PIL import UnidentifiedImageError
+
     what = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, UnidentifiedImageError):  # whose text names a memory address
         what = "it is no image"
