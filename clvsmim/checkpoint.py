@@ -20,6 +20,18 @@ from jax.experimental import multihost_utils
 from clvsmim import packed, tree
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, but for one question.
+
+    It would ask JAX itself whether a SIGTERM came, by the number of the step; whoever
+    trains asks by numbers of its own (`hosts.Stop`), and JAX wants them to rise.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        del step
+        return False
+
+
 class Checkpoints:
     """The checkpoints of one workdir: saved in the background, the newest ones kept.
 
@@ -249,7 +261,7 @@ def _manager(
         create=not read_only,
         read_only=read_only,
     )
-    return ocp.CheckpointManager(
+    return _Manager(
         folder(workdir),
         options=options,
         item_handlers=ocp.PyTreeCheckpointHandler(),

@@ -1,5 +1,6 @@
 """Devices as a mesh with the axes `data` and `fsdp`; what is split over which."""
 
+import collections
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -17,17 +18,46 @@ Tree = Any
 def make(devices: Sequence[jax.Device] | None = None, *, fsdp: int = 1) -> Mesh:
     """A (data, fsdp) mesh. The batch is split over both axes, big leaves over fsdp.
 
+    The devices of a process are neighbours, and those of a slice are: a parameter is
+    shared within a slice, and within a host if it has enough devices, so that only
+    gradients cross the slower network between slices.
+
+    Args:
+      devices: all by default; also those of an AOT topology.
+
     Raises:
-      ValueError: fsdp does not divide the number of devices.
+      ValueError: fsdp does not divide the number of devices, or of those of a slice.
     """
-    devices = np.asarray(jax.devices() if devices is None else devices)
-    if fsdp < 1 or devices.size % fsdp:
+    devices = ordered(jax.devices() if devices is None else devices)
+    slices = collections.Counter(map(slice_of, devices))
+    each = math.gcd(*slices.values())
+    if fsdp < 1 or each % fsdp:
+        which = f"the {len(devices)} devices"
+        if len(slices) > 1:
+            which = f"the {each} devices of each of the {len(slices)} slices"
         raise ValueError(
-            f"mesh.fsdp={fsdp} does not divide the {devices.size} devices; use one of "
-            f"{[n for n in range(1, devices.size + 1) if devices.size % n == 0]}"
+            f"mesh.fsdp={fsdp} does not divide {which}; use one of "
+            f"{[n for n in range(1, each + 1) if each % n == 0]}"
         )
-    grid = devices.reshape(-1, fsdp)
+    grid = np.asarray(devices).reshape(-1, fsdp)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def ordered(devices: Sequence[jax.Device]) -> list[jax.Device]:
+    """Devices by slice, then by process, else as they are.
+
+    Process i reads the i-th part of every global batch, so its devices must be the
+    i-th part of the mesh: `jax.devices()` of a pod goes by rows of the whole slice, and
+    `mesh_utils.create_device_mesh` by its axes. Processes are numbered along the axes
+    of a slice, so a group of 2^k of them is a block of chips that are linked directly.
+    """
+    return sorted(devices, key=lambda d: (slice_of(d), d.process_index))
+
+
+def slice_of(device: jax.Device) -> int:
+    """The slice of a TPU; other devices have no such hierarchy that matters here."""
+    tpu = device.platform == "tpu"
+    return (getattr(device, "slice_index", None) or 0) if tpu else 0
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

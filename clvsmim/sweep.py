@@ -24,7 +24,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from clvsmim import analyze, build, cli, compare, labelled, plugin, train
+from clvsmim import analyze, build, cli, compare, hosts, labelled, plugin, train
 from clvsmim.measure import Settings
 
 Recipe = Callable[[str], ConfigDict]  # of a workdir whose encoder it starts from
@@ -41,12 +41,14 @@ def main(argv: Sequence[str]) -> None:
     }
     lams = numbers(values.lambdas)
     settings = Settings(images=values.images)
+    hosts.start(values)
     print(sweep(cli.config_of(values), values.out, lams, labels, settings))
 
 
 def _flags(values: flags.FlagValues) -> None:
     own = {"flag_values": values}
     cli.define_config(values)
+    hosts.define_flags(values)
     flags.DEFINE_string("out", "sweep", "folder for the runs and the report", **own)
     flags.DEFINE_string("lambdas", "0,.2,.4,.6,1", "weights of CL, by commas", **own)
     flags.DEFINE_integer(

@@ -5,8 +5,12 @@
 
 Started again with the same config and workdir, a run that was stopped goes on where it
 was, bit for bit. SIGTERM, which is how a cloud takes a machine back, saves first and
-ends with status 143. The workdir holds checkpoints/, log.jsonl, xray.jsonl (what every
+ends with status 143; where several processes train, one that gets it stops all of them
+at one step. The workdir holds checkpoints/, log.jsonl, xray.jsonl (what every
 block does, at intervals, and alarms) and meta.json.
+
+On several hosts start it on each: TPU pods, Slurm and Open MPI need nothing more, other
+machines --coordinator=HOST:PORT --processes=N --process=I.
 """
 
 import contextlib
@@ -15,7 +19,7 @@ import signal
 import sys
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -24,7 +28,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from clvsmim import cli, flops, meta, transfer
+from clvsmim import cli, flops, hosts, meta, transfer
 from clvsmim import mesh as meshes
 from clvsmim.build import (
     Program,
@@ -45,6 +49,7 @@ from clvsmim.xray import XRay
 # Keys that may change between two starts of one run: they do not change its numbers.
 FREE = (
     r"(log|eval|xray|mesh)\..*",
+    r"encoder\.(remat|scan)",
     r"data\.(workers|threads|prefetch|unreadable|source\.(dir|path))",
 )
 STOPPED = 128 + signal.SIGTERM  # the exit status of a program that SIGTERM ends
@@ -54,11 +59,13 @@ def main(argv: Sequence[str]) -> None:
     values, _ = cli.parse(__doc__, argv, _flags)
     if not values.workdir:
         raise ValueError("--workdir is missing; for example --workdir=runs/first")
+    hosts.start(values)
     train(cli.config_of(values), values.workdir)
 
 
 def _flags(values: flags.FlagValues) -> None:
     cli.define_config(values)
+    hosts.define_flags(values)
     flags.DEFINE_string(
         "workdir", None, "folder of this run, local or gs://", flag_values=values
     )
@@ -216,16 +223,7 @@ def loop(
       SystemExit: SIGTERM came; everything up to this step is saved.
     """
     every, save = settings["log"]["every"], settings["log"]["save"]
-    data = batches(
-        program.source,
-        program.objective.views,
-        batch=settings["batch"],
-        seed=settings["seed"],
-        start=start,
-        process=jax.process_index(),
-        processes=jax.process_count(),
-        **loader_section(**settings["data"]),
-    )
+    data = Reader(lambda first, more: load(program, settings, start + first, **more))
     kept: list[tuple[int, float, float, dict]] = []
     speed = speedometer(program, settings["batch"])
 
@@ -244,7 +242,7 @@ def loop(
 
     def assess(step: int) -> None:
         write()
-        found = evaluate(program, settings, state, came)
+        found = evaluate(program, settings, state, stop)
         for writer in writers if found else ():
             writer.write({"step": step, **found})
 
@@ -255,15 +253,16 @@ def loop(
         check_finite(step, logs, checkpoints)
         checkpoints.save(step, state)
 
-    def stop(step: int) -> None:
+    def end(step: int) -> None:
         checkpoints.wait()
-        note = f"SIGTERM: step {step} is saved; start it again to go on"
-        print(f"clvsmim train: {note}", file=sys.stderr, flush=True)
+        if jax.process_index() == 0:
+            note = f"SIGTERM: step {step} is saved; start it again to go on"
+            print(f"clvsmim train: {note}", file=sys.stderr, flush=True)
         raise SystemExit(STOPPED)
 
     begun, waited = time.monotonic(), 0.0
     try:
-        with jax.transfer_guard("disallow"), sigterm() as came:
+        with jax.transfer_guard("disallow"), hosts.sigterm() as stop:
             if xray and not start:
                 xray.take(0, state.params, state.extra)
             if again:
@@ -271,13 +270,13 @@ def loop(
             for step in range(start + 1, program.total + 1):
                 asked = time.monotonic()
                 try:
-                    batch = meshes.put(next(data), program.mesh)
+                    batch = meshes.put(data.read(stop), program.mesh)
                 except WorkerLost:  # a signal to the group ends the workers first
-                    if not came:
+                    if not stop.here:
                         raise
                     if step - 1 > start and (step - 1) % save:  # else it is saved
                         keep(step - 1)
-                    stop(step - 1)
+                    end(step - 1)
                 waited += time.monotonic() - asked
                 state, logs = program.step(state, batch)
                 last = step == program.total
@@ -288,11 +287,11 @@ def loop(
                     xray.take(step, state.params, state.extra)
                 if evaluation_due(program, settings, step):
                     assess(step)
-                ends = bool(came)  # once: it may come at any moment
+                ends = stop()  # once: it may come at any moment
                 if step % save == 0 or last or ends:
                     keep(step)
                 if ends:
-                    stop(step)
+                    end(step)
     finally:
         data.close()
     checkpoints.wait()
@@ -309,55 +308,101 @@ def speedometer(program: Program, batch: int) -> Speed:
     )
 
 
-@contextlib.contextmanager
-def sigterm() -> Iterator[list[int]]:
-    """A list that is empty until SIGTERM comes, which then no longer ends the program.
-
-    Only the main thread may ask for signals; another one gets a list that stays empty.
-    """
-    came: list[int] = []
-    try:
-        before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
-    except ValueError:  # not the main thread
-        yield came
-        return
-    try:
-        yield came
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def load(
+    program: Program, settings: dict[str, Any], start: int, **changes: int
+) -> Iterator[dict[str, Any]]:
+    """This process's rows of the batches of training, from step `start` on."""
+    return batches(
+        program.source,
+        program.objective.views,
+        batch=settings["batch"],
+        seed=settings["seed"],
+        start=start,
+        process=jax.process_index(),
+        processes=jax.process_count(),
+        **loader_section(**settings["data"]) | changes,
+    )
 
 
-def evaluate(
-    program: Program, settings: dict[str, Any], state: State, came: Sequence[int] = ()
-) -> dict[str, float]:
-    """{"eval/...": mean over the held-out images}, and how many these were; {} where
-    a SIGTERM `came` meanwhile.
-
-    Raises:
-      ValueError: none of the held-out images can be read.
-    """
-    loader = loader_section(**settings["data"])
-    batches = eval_batches(
+def load_held_out(
+    program: Program, settings: dict[str, Any], start: int, **changes: int
+) -> Iterator[dict[str, Any]]:
+    """This process's rows of the batches of an evaluation, from number `start` on."""
+    loader = loader_section(**settings["data"]) | changes
+    return eval_batches(
         program.held_out,
         program.objective.view,
         batch=settings["batch"],
         limit=settings["eval"]["images"] or None,
         process=jax.process_index(),
         processes=jax.process_count(),
+        start=start,
         **{k: loader[k] for k in ("workers", "threads", "prefetch", "unreadable")},
     )
-    sums = []
+
+
+class Reader:
+    """Batches one by one, also after a SIGTERM has ended the workers that read them.
+
+    A signal to a group of processes ends its workers too. The other hosts may have to
+    train for another step or two until all stop at the same one, and cannot do that
+    without our rows: this process then reads them itself.
+
+    Args:
+      load: `(number of the first batch, changed settings) -> iterator of batches`.
+    """
+
+    def __init__(self, load: Callable[[int, dict[str, int]], Iterator]) -> None:
+        self._load, self._count = load, 0
+        self._data = load(0, {})
+
+    def read(self, stop: hosts.Stop) -> dict[str, Any] | None:
+        """The next batch; None after the last one.
+
+        Raises:
+          WorkerLost: no other host waits for the batch, or no SIGTERM was the reason.
+        """
+        try:
+            batch = next(self._data, None)
+        except WorkerLost:
+            if not (stop.here and hosts.several()):
+                raise
+            self.close()
+            self._data = self._load(self._count, {"workers": 0})
+            batch = next(self._data, None)
+        self._count += 1
+        return batch
+
+    def close(self) -> None:
+        """Stop the workers."""
+        self._data.close()
+
+
+def evaluate(
+    program: Program,
+    settings: dict[str, Any],
+    state: State,
+    stop: hosts.Stop | None = None,
+) -> dict[str, float]:
+    """{"eval/...": mean over the held-out images}, and how many these were; {} where
+    a SIGTERM came meanwhile and `stop` says so.
+
+    Raises:
+      ValueError: none of the held-out images can be read.
+    """
+    stop, sums = stop or hosts.Stop(), []
+    data = Reader(lambda first, more: load_held_out(program, settings, first, **more))
     try:
-        for batch in batches:
-            if came:
+        while (batch := data.read(stop)) is not None:
+            if stop():
                 return {}
             sums.append(program.evaluate(state, meshes.put(batch, program.mesh)))
     except WorkerLost:
-        if came:
+        if stop.here:
             return {}
         raise
     finally:
-        batches.close()
+        data.close()
     total = {k: sum(float(x[k]) for x in jax.device_get(sums)) for k in sums[0]}
     images = total.pop("images")
     if not images:

@@ -1,11 +1,14 @@
 """The mesh, and the rule of what is split over which axis (design, law 9)."""
 
+from dataclasses import dataclass
+
 import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from models import QUICK, small
 
-from clvsmim import mesh
+from clvsmim import build, mesh, tree
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +34,69 @@ def test_fsdp_must_divide_the_devices(fsdp):
     message = rf"fsdp={fsdp} does not divide the 8 devices; use one of \[1, 2, 4, 8\]"
     with pytest.raises(ValueError, match=message):
         mesh.make(fsdp=fsdp)
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What a mesh asks of a device."""
+
+    id: int
+    slice_index: int | None
+    process_index: int
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+
+
+def pod(slices):
+    """As `jax.devices()` of v5e:4x4, or of several 2x4: chips by rows, 2 x 2 a host."""
+    if slices == 1:
+        hosts = [2 * (y // 2) + x // 2 for y in range(4) for x in range(4)]
+        return [Chip(i, None, host) for i, host in enumerate(hosts)]
+    return [
+        Chip(100000 * s + i, s, 2 * s + i % 4 // 2)
+        for i in range(8)
+        for s in range(slices)
+    ]
+
+
+@pytest.mark.parametrize("fsdp", [1, 4, 8, 16])
+def test_the_devices_of_a_host_are_neighbours(fsdp):
+    """They get neighbouring rows of the batch, which that host alone reads."""
+    grid = mesh.make(pod(1), fsdp=fsdp)
+    found = [d.process_index for d in grid.devices.ravel()]
+    assert found == sorted(found) and set(found) == {0, 1, 2, 3}
+    for row in grid.devices:
+        assert len({d.process_index for d in row}) == max(1, fsdp // 4)
+
+
+@pytest.mark.parametrize("fsdp", [1, 2, 4, 8])
+def test_a_parameter_is_shared_within_a_slice(fsdp):
+    grid = mesh.make(pod(3), fsdp=fsdp)
+    assert grid.shape == {"data": 24 // fsdp, "fsdp": fsdp}
+    assert [len({d.slice_index for d in row}) for row in grid.devices] == [1] * (
+        24 // fsdp
+    )
+    found = [d.process_index for d in grid.devices.ravel()]
+    assert found == sorted(found)
+
+
+def test_fsdp_must_fit_into_a_slice():
+    message = "fsdp=16 does not divide the 8 devices of each of the 2 slices; use one"
+    with pytest.raises(ValueError, match=message):
+        mesh.make(pod(2), fsdp=16)
+
+
+def test_no_device_ever_holds_the_whole_of_a_big_leaf(monkeypatch):
+    """Neither does a host, if there are as many: a state is born in its parts."""
+    monkeypatch.setattr(mesh, "SMALL", 1024)
+    program = build.build(small("simmim", **{"mesh.fsdp": 8}))
+    state = program.init.lower().compile(QUICK)()
+    big = {n: x for n, x in tree.named(state).items() if x.size >= 1024}
+    assert len(big) > 20
+    for name, x in big.items():
+        parts = x.addressable_shards
+        assert [part.data.size for part in parts] == [x.size // 8] * 8, name
+        assert len({part.device for part in parts}) == 8
 
 
 SPECS = [

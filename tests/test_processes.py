@@ -1,74 +1,168 @@
-"""Two processes, as two hosts: they train as one and resume as one."""
+"""Two processes, as two hosts: they train as one, and one goes on where two stopped."""
 
 import os
 import pathlib
+import shutil
 import socket
 import subprocess
 import sys
 
+import jax
 import numpy as np
+import pytest
+import runs
 
-from clvsmim import analysis, log
+from clvsmim import analysis, log, mesh, train
+from clvsmim.build import build
 
 PROGRAM = """
 import sys
 import jax
-port, process, workdir, measured = sys.argv[1:]
-if port != "0":
-    jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(process))
+port, process, root = sys.argv[1:4]
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(process))
 jax.config.update("jax_default_matmul_precision", "highest")
-from runs import config
-from clvsmim import analysis, analyze, train
-from clvsmim.measure import Settings
-# Weights that are not tiny: else BatchNorm over nearly equal CLS tokens amplifies
-# rounding, whoever computes it.
-weights = {"encoder__init": "moco_v3", "encoder__layer_scale": 1.0}
-settings = config("hybrid", epochs=1.0, **weights)
-train.train(settings, workdir)
-settings = Settings(
-    images=36, train_images=16, batch=8, group=4, every=1,
-    metrics=(*analysis.METRICS, "lidar"),
-)
-found = analyze.analyze(measured, workdir + "/analysis", settings)
-print("measured", found[0].count)
+import test_processes
+for job in sys.argv[4:]:
+    test_processes.JOBS[job](root)
 """
 TESTS = pathlib.Path(__file__).parent
+METHODS = ("hybrid", "simmim", "mae", "classify", "moco_v3")
+# Law 8: relative, float32 at highest precision.
+FIRST, THIRD = 1e-6, {"moco_v3": 1e-3, "hybrid": 1e-3}
+# Weights that are not tiny: else BatchNorm over nearly equal CLS tokens amplifies
+# rounding, whoever computes it.
+WEIGHTS = {"encoder__init": "moco_v3", "encoder__layer_scale": 1.0}
+FSDP = {"mesh__fsdp": 8}
+FOUND = ("one", "two")
+STOP = 6  # the step after the checkpoint of step 5
 
 
-def start(port: int, process: int, root: pathlib.Path) -> subprocess.Popen:
-    """Train in root/one or root/two, and measure what was trained in root/one."""
-    flags = f"--xla_force_host_platform_device_count={4 if port else 8}"
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    env["PYTHONPATH"] = os.pathsep.join([str(TESTS), str(TESTS.parent)])
-    folders = [str(root / ("two" if port else "one")), str(root / "one")]
-    command = [sys.executable, "-c", PROGRAM, str(port), str(process), *folders]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True)
+class Stopped(Exception):
+    """Instead of a kill."""
 
 
-def finish(processes: list[subprocess.Popen]) -> list[str]:
-    outputs = [p.communicate(timeout=300) for p in processes]
-    for process, (_, errors) in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, errors[-2000:]
-    return [out for out, _ in outputs]
+def whole(name, workdir, devices=None):
+    """Four steps, or one with an evaluation."""
+    train.train(runs.config(name, epochs=1.0, **WEIGHTS), str(workdir), devices=devices)
 
 
-def test_two_processes_train_and_measure_as_one(tmp_path):
+def begin(workdir, devices=None, **changes):
+    """Up to step 6; step 5 is saved. Leaves of 1024 elements count as big."""
+    check = train.check_finite
+
+    def stop(step, logs, checkpoints):
+        check(step, logs, checkpoints)
+        if step == STOP:
+            checkpoints.wait()
+            raise Stopped
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(mesh, "SMALL", 1024)
+        patch.setattr(train, "check_finite", stop)
+        config = runs.config("simmim", **WEIGHTS | changes)
+        splits = [
+            x.sharding.spec for x in jax.tree.leaves(build(config, devices).state)
+        ]
+        assert any("fsdp" in spec for spec in splits) == bool(changes)
+        train.train(config, str(workdir), devices=devices)
+
+
+def measure(root):
+    """The analysis of what one device has trained."""
+    from clvsmim import analyze
+    from clvsmim.measure import Settings
+
+    settings = Settings(
+        images=36,
+        train_images=16,
+        batch=8,
+        group=4,
+        every=1,
+        metrics=(*analysis.METRICS, "lidar"),
+    )
+    out = "two" if jax.process_count() > 1 else "one"
+    analyze.analyze(f"{root}/hybrid_one", f"{root}/analysis_{out}", settings)
+
+
+# What a pair of processes does, by name; each gets the folder for all results.
+JOBS = {name: lambda root, n=name: whole(n, f"{root}/{n}_two") for name in METHODS}
+JOBS["measure"] = measure
+JOBS["begin"] = lambda root: begin(f"{root}/begun_two", **FSDP)
+JOBS["go on"] = lambda root: begin(f"{root}/one_two", **FSDP)
+
+
+def pair(root, *jobs):
+    """Do the jobs in two processes of four devices each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    finish([start(0, 0, tmp_path)])
-    two = finish([start(port, i, tmp_path) for i in (0, 1)])
-    assert all("measured 36" in out for out in two)
-    traces = [log.read(tmp_path / name / "log.jsonl") for name in ("one", "two")]
-    one, two = ([r["loss"] for r in t] for t in traces)
-    assert len(one) == len(two) == 4
-    np.testing.assert_allclose(two[0], one[0], rtol=1e-6)
-    np.testing.assert_allclose(two, one, rtol=1e-3)
-    one, two = (analysis.read_series(tmp_path / n / "analysis") for n in ("one", "two"))
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    env["PYTHONPATH"] = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+    command = [sys.executable, "-c", PROGRAM, str(port)]
+    pipe = subprocess.PIPE
+    both = [
+        subprocess.Popen(
+            [*command, str(i), str(root), *jobs],
+            env=env,
+            stdout=pipe,
+            stderr=pipe,
+            text=True,
+        )
+        for i in (0, 1)
+    ]
+    outputs = [p.communicate(timeout=500) for p in both]
+    for process, (_, errors) in zip(both, outputs, strict=True):
+        assert process.returncode == 0, errors[-2000:]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What one process has done first, and then two, each in its own folders."""
+    root = tmp_path_factory.mktemp("processes")
+    whole("hybrid", root / "hybrid_one", jax.devices())
+    measure(root)
+    begin(root / "begun_one", jax.devices(), **FSDP)
+    shutil.copytree(root / "begun_one", root / "one_two")
+    pair(root, "hybrid", "measure", "begin", "go on")
+    return root
+
+
+def losses(workdir):
+    records = log.read(f"{workdir}/log.jsonl")
+    return {r["step"]: r["loss"] for r in records if "loss" in r}
+
+
+def assert_losses_agree(got, want, name):
+    assert list(got) == list(want) == [1, 2, 3, 4]
+    assert got[1] == pytest.approx(want[1], rel=FIRST)
+    assert got[3] == pytest.approx(want[3], rel=THIRD.get(name, 1e-5))
+
+
+def test_law_two_processes_train_as_one(results):
+    one, two = (losses(results / f"hybrid_{n}") for n in ("one", "two"))
+    assert_losses_agree(two, one, "hybrid")
+
+
+@pytest.mark.slow
+def test_law_one_device_eight_and_two_processes_train_alike(tmp_path):
+    pair(tmp_path, *METHODS)
+    for name in METHODS:
+        whole(name, tmp_path / f"{name}_eight", jax.devices())
+        whole(name, tmp_path / f"{name}_one", jax.devices()[:1])
+        want = losses(tmp_path / f"{name}_one")
+        for other in ("eight", "two"):
+            assert_losses_agree(losses(tmp_path / f"{name}_{other}"), want, name)
+    one, two = (log.read(tmp_path / f"classify_{n}/log.jsonl")[-1] for n in FOUND)
+    assert one.keys() == two.keys() and one["eval/images"] == 64
+    for key in filter(lambda key: key.startswith("eval/"), one):
+        assert two[key] == pytest.approx(one[key], rel=1e-5), key
+
+
+def test_two_processes_measure_as_one(results):
+    one, two = (analysis.read_series(results / f"analysis_{n}") for n in FOUND)
     assert one["stamp"] == two["stamp"]
     assert_agree(two["series"], one["series"])
-    files = {p.name for p in (tmp_path / "two" / "analysis").iterdir()}
+    files = {p.name for p in (results / "analysis_two").iterdir()}
     assert files == {"series.json", "state.npz", "pictures.npz"}
 
 
@@ -81,3 +175,21 @@ def assert_agree(got: list, want: list) -> None:
         np.testing.assert_allclose(
             a.values, b.values, rtol=0, atol=1e-6 * scale, err_msg=a.name
         )
+
+
+def test_a_checkpoint_of_two_processes_goes_on_in_one_and_back(results):
+    """The first step after the restore; each side splits its parameters in eight."""
+    want = losses(results / "begun_one")[STOP]
+    two = losses(results / "begun_two")
+    assert two[STOP] == pytest.approx(want, rel=1e-5) and len(two) == STOP
+    assert len(losses(results / "one_two")) == STOP
+    assert losses(results / "one_two")[STOP] == pytest.approx(want, rel=1e-5)
+    for devices, changes in ((8, FSDP), (1, {})):
+        workdir = shutil.copytree(results / "begun_two", results / f"two_{devices}")
+        begin(workdir, jax.devices()[:devices], **changes)
+        assert losses(workdir)[STOP] == pytest.approx(two[STOP], rel=1e-5)
+
+
+def test_one_process_writes(results):
+    files = {p.name for p in (results / "hybrid_two").iterdir()}
+    assert files == {"checkpoints", "log.jsonl", "meta.json"}
