@@ -43,6 +43,7 @@ TEST = [
 
 EXTRAS = {
     "tpu": ["jax[tpu]", "etils[epath-gcs]"],  # gs:// paths
+    "aot": ["libtpu"],  # the TPU compiler, where there is no TPU
     "cuda": ["jax[cuda13]"],
     "cuda12": ["jax[cuda12]"],
     "tensorboard": ["tensorboard", "tensorflow"],  # clu's writer needs both

@@ -21,12 +21,14 @@ from clvsmim import plugin
 VERBS = {
     "convert-data": "rewrite TFRecord files or a folder of images as ArrayRecord",
     "inspect-data": "show what a config will train on, and how fast it can be read",
+    "doctor": "check machine, hosts, folder and data before a long run",
     "train": "train an encoder by a config",
     "analyze": "measure a trained encoder, write a report",
     "compare": "show two or more analyses side by side",
     "merge": "add analyses of one encoder on different images",
     "sweep": "train, probe and measure a hybrid for each weight of its two losses",
     "zoo": "list the small trained encoders that ship with this package",
+    "aot": "compile a config for TPUs that are not here: memory, collectives, speed",
     "demo": "train three small encoders on photographs, measure them, show the report",
 }
 
@@ -71,16 +73,34 @@ def run(module: object, argv: Sequence[str] | None = None) -> None:
         module.main(list(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted; start it again to go on", file=sys.stderr)
+        leave("interrupted", 130)
         raise SystemExit(130) from None
-    except (ValueError, OSError, ImportError) as error:
-        if os.environ.get("CLVSMIM_DEBUG"):
+    except Exception as error:
+        hosts = sys.modules.get("clvsmim.hosts")
+        if hosts:
+            hosts.hold()
+        gone = hosts.gone(error) if hosts else ""
+        ours = isinstance(error, ValueError | OSError | ImportError)
+        if not (gone or ours) or os.environ.get("CLVSMIM_DEBUG"):
+            if hosts and hosts.several():
+                traceback.print_exc()
+                leave(repr(error), 1)
             raise
-        fail(name, str(error))
+        fail(name, gone or str(error))
+
+
+def leave(why: str, status: int) -> None:
+    """End this process and those that work with it; returns where there are none."""
+    hosts = sys.modules.get("clvsmim.hosts")  # slow to import, for JAX
+    if hosts:
+        hosts.leave(why, status)
 
 
 def fail(name: str, message: str) -> None:
     """One line on stderr, exit status 2."""
-    print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
+    line = " ".join(message.split())
+    print(f"{name}: {line}", file=sys.stderr)
+    leave(line, 2)
     raise SystemExit(2)
 
 

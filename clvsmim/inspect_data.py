@@ -38,6 +38,7 @@ from clvsmim.data.pipeline import batches
 from clvsmim.objectives import Objective
 
 Facts = dict[str, Any]
+BAR = {"leave": False, "disable": None}  # on stderr, if that is a terminal
 # Keys of an objective that change what its pictures or targets look like.
 LOOKS = ("flip_p", "mask_unit", "mask_ratio", "erasing", "mix", "smoothing")
 
@@ -131,7 +132,7 @@ def describe(source: Source, split: str, images: int) -> Facts:
     """
     places = np.unique(np.linspace(0, len(source) - 1, min(images, len(source))))
     found, sizes, unreadable = [], [], []
-    for i in tqdm(places.astype(int), f"opening {split}", leave=False, file=sys.stderr):
+    for i in tqdm(places.astype(int), f"opening {split}", **BAR):
         try:
             item = source[i]
             found.append(item["label"])
@@ -218,9 +219,7 @@ def speed(
 def rate(stream: Iterable, ready: int, seconds: float, what: str) -> float:
     """Items per second of a stream after the first `ready`, over some seconds."""
     form = "{desc} {bar} {n:.0f} of {total:.0f} s"
-    with tqdm(
-        total=seconds, desc=what, leave=False, file=sys.stderr, bar_format=form
-    ) as bar:
+    with tqdm(total=seconds, desc=what, bar_format=form, **BAR) as bar:
         taken = sum(1 for _ in itertools.islice(stream, ready))
         assert taken == ready  # the stream is endless
         begun, count = time.monotonic(), 0

@@ -22,6 +22,7 @@ DEMO = f"--config={runs.ROOT}/configs/demo.py"
 FLAGS = {
     "convert-data": ("SRC", "DST", "gs://"),
     "inspect-data": ("--config", "--out", "--images", "--images_per_second", "--rows"),
+    "doctor": ("--config", "--workdir", "--[no]rehearsal", "--coordinator"),
     "train": ("--config", "--workdir"),
     "analyze": (
         *("--out", "--split", "--images", "--skip", "--train_images", "--batch"),
@@ -30,6 +31,11 @@ FLAGS = {
     "compare": ("--out", "runs/moco_v3 runs/simmim"),
     "merge": ("--out", "a b"),
     "sweep": ("--config", "--out", "--lambdas", "--probe_set", "--finetune"),
+    "zoo": ("--pack", "--name", "--[no]untrained", "zoo:"),
+    "aot": (
+        *("--config", "--topology", "--slices", "--json", "--[no]markdown"),
+        *("--[no]analysis", "--[no]remedies"),
+    ),
     "demo": ("--out",),
 }
 
