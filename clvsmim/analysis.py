@@ -4,7 +4,6 @@ Images in, per-image rows out; the rows become float64 states on the host, which
 over batches, processes and runs, and turn into Series at the end.
 """
 
-import contextlib
 import functools
 import hashlib
 import json
@@ -19,6 +18,7 @@ from etils import epath
 
 from clvsmim import mesh as meshes
 from clvsmim import plugin, tree, views
+from clvsmim.files import load_arrays, save_arrays, write_whole
 from clvsmim.metrics import Metric, Series, over_maps
 from clvsmim.vit import ViT
 
@@ -128,7 +128,7 @@ def make_measure(
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(
+def compiled_step(
     encoder: ViT, metrics: tuple, mean: tuple, std: tuple, mesh: jax.sharding.Mesh
 ) -> Callable:
     measure = make_measure(encoder, dict(metrics), mean, std)
@@ -217,7 +217,9 @@ def run(
         wanted = {
             n: m for n, m in metrics.items() if m.limit is None or first < m.limit
         }
-        step = _compiled(encoder, tuple(wanted.items()), tuple(mean), tuple(std), mesh)
+        step = compiled_step(
+            encoder, tuple(wanted.items()), tuple(mean), tuple(std), mesh
+        )
         return step(variables, meshes.put(arrays, mesh))
 
     def absorb(rows: Tree) -> Callable[[], Done]:
@@ -384,33 +386,6 @@ def read_series(out: str) -> dict[str, Any] | None:
         return {**found, "series": [Series.from_json(s) for s in found["series"]]}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error}; measure again") from error
-
-
-def save_arrays(path: str, arrays: dict[str, np.ndarray]) -> None:
-    """Write one .npz, whole or not at all."""
-    with _whole(path) as part, part.open("wb") as file:
-        np.savez(file, **arrays)
-
-
-def load_arrays(path: str, within: tuple[str, ...] = ("",)) -> dict[str, np.ndarray]:
-    """Those of what `save_arrays` wrote whose names begin so; no pickles."""
-    with epath.Path(path).open("rb") as raw, np.load(raw) as file:
-        return {name: file[name] for name in file.files if name.startswith(within)}
-
-
-def write_whole(path: str, data: bytes) -> None:
-    """Write a file that a reader sees whole or not at all."""
-    with _whole(path) as part:
-        part.write_bytes(data)
-
-
-@contextlib.contextmanager
-def _whole(path: str) -> Iterator[epath.Path]:
-    """A file to write to, which then takes its name."""
-    part = epath.Path(f"{path}.part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    yield part
-    part.replace(path)
 
 
 def digest(x: Tree) -> str:

@@ -19,7 +19,18 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from clvsmim import analysis, build, cli, meta, packed, pictures, plugin, tree, zoo
+from clvsmim import (
+    analysis,
+    build,
+    cli,
+    files,
+    hosts,
+    meta,
+    packed,
+    pictures,
+    plugin,
+    tree,
+)
 from clvsmim.checkpoint import restore_params
 from clvsmim.data.crops import to_image
 from clvsmim.measure import Part, Settings, Subject, forget, make_parts, measure
@@ -38,10 +49,11 @@ def main(argv: Sequence[str]) -> None:
         plugin.find("metrics", name)
     if not names:
         raise ValueError(f"--metrics names none; known: {', '.join(analysis.METRICS)}")
-    if rest[0].startswith(zoo.PREFIX) and not values.out:
+    if rest[0].startswith(packed.PREFIX) and not values.out:
         raise ValueError(f"where to? {rest[0]} ships with the package: give --out")
     out = values.out or f"{rest[0]}/analysis"
     given = {k: getattr(values, k) for k in Settings._fields}
+    hosts.start(values)
     analyze(rest[0], out, Settings(**given | {"metrics": names}))
     if jax.process_index() == 0:
         from clvsmim import present  # matplotlib is slow to import
@@ -51,6 +63,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _flags(values: flags.FlagValues) -> None:
     own, usual = {"flag_values": values}, Settings()
+    hosts.define_flags(values)
 
     def integer(name: str, least: int, what: str) -> None:
         default = getattr(usual, name)
@@ -90,7 +103,7 @@ def load(workdir: str) -> Trained:
     Raises:
       ValueError: the folder holds no run, or a checkpoint of another architecture.
     """
-    workdir = zoo.place(workdir)
+    workdir = packed.place(workdir)
     found = meta.read_meta(workdir)
     if found is None:
         raise ValueError(f"no run in {workdir}; expected a --workdir of clvsmim train")
@@ -150,7 +163,7 @@ def analyze(workdir: str, out: str, settings: Settings) -> list[Series]:
         epath.Path(f"{out}/series.json").unlink(missing_ok=True)
         series += save_pictures(run, parts["test"], f"{out}/pictures.npz")
         analysis.save(f"{out}/state.npz", whole)
-        about = {"config": run.config, "workdir": zoo.place(str(workdir))}
+        about = {"config": run.config, "workdir": packed.place(str(workdir))}
         about |= {"step": run.step}
         analysis.write_series(out, series, asked | about)
     for place in (out, decoder_of(out)):
@@ -210,11 +223,11 @@ def save_pictures(run: Trained, part: Part, path: str, rows: int = 4) -> list[Se
     tokens = pictures.patch_tokens(encoder, run.variables, images, **colour)
     finite = all(np.isfinite(x).all() for x in tokens)
     if not finite:  # a diverged encoder; the metrics say so
-        analysis.save_arrays(path, arrays)
+        files.save_arrays(path, arrays)
         return []
     arrays["token_map"] = pictures.token_map(np.concatenate(tokens[-1]))
     arrays["token_label"] = np.repeat(labels, tokens[-1].shape[1])
-    analysis.save_arrays(path, arrays)
+    files.save_arrays(path, arrays)
     return pictures.clusters(tokens, labels)
 
 

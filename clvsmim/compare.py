@@ -45,14 +45,17 @@ def compare(
     lead: str = "",
     first: Sequence[Any] = (),
     notes: Sequence[str] = (),
+    names: Sequence[str] = (),
+    judged: Sequence[str] = (),
 ) -> epath.Path:
     """Write the report of analyses; returns the path of report.html.
 
-    `first` are sections that lead the page, `notes` end it.
+    `first` are sections that lead the page, `notes` end it, `names` are what to call
+    the models, and `judged` the analyses that the claims are judged on, if not these.
     """
     from clvsmim import present  # matplotlib is slow to import
 
-    names = present.names(folders)
+    names = names or present.names(folders)
     found, why = similarities(folders, names)
     runs = [
         present.read(folder, name, more=found.get(name, ()))
@@ -61,7 +64,8 @@ def compare(
     drawn = list(zip(runs, folders, strict=True))
     title = title or f"{len(runs)} models side by side"
     notes = [*notes, *why]
-    return present.page(out, title, drawn, lead=lead, first=first, notes=notes)
+    more = {"first": first, "notes": notes, "judged": judged}
+    return present.page(out, title, drawn, lead=lead, **more)
 
 
 def similarities(

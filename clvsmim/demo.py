@@ -4,7 +4,9 @@
 
 MoCo v3, SimMIM and their mixture train for about a minute each on two CPU cores (the
 same encoder, the same images, another objective), are measured on held-out parts of the
-photographs, and are shown side by side in one page. Stopped, it goes on where it was.
+photographs, and are shown side by side in one page. So are the encoders of the mini
+zoo, which were trained for longer, and on which the paper's claims are judged. Stopped,
+it goes on where it was.
 """
 
 import platform
@@ -16,7 +18,7 @@ import jax
 from absl import flags
 from etils import epath
 
-from clvsmim import analysis, analyze, build, cli, compare, train
+from clvsmim import analysis, analyze, build, cli, compare, packed, train
 from clvsmim.configs import demo as recipe
 from clvsmim.data import photos
 from clvsmim.measure import Settings
@@ -53,20 +55,36 @@ def demo(out: str, changes: dict[str, object] | None = None) -> epath.Path:
         config.update_from_flattened_dict(changes or {})
         train.train(config, f"{out}/{name}", name=name)
         analyze.analyze(f"{out}/{name}", f"{out}/{name}/analysis", SETTINGS)
+    for name in packed.names():
+        analyze.analyze(f"zoo:{name}", f"{out}/zoo/{name}", SETTINGS)
     path = report(out)
     print(f"{time.monotonic() - begun:.0f} seconds", file=sys.stderr)
     return path
 
 
 def report(out: str) -> epath.Path:
-    """The page about what the three runs in `out` learned."""
+    """The page about what the three runs in `out`, and those of the zoo, learned."""
+    from clvsmim import present  # matplotlib is slow to import
+
+    live = {f"{out}/{name}/analysis": "a minute" for name in NAMES}
+    members = {f"{out}/zoo/{name}": "zoo" for name in packed.names()}
+    # Other seeds of a member are for the claims alone: fewer lines in a figure.
+    drawn = live | {f: who for f, who in members.items() if not seed(f)}
+    titles = [f"{present.title(analysis.read_series(f))}, {drawn[f]}" for f in drawn]
     return compare.compare(
-        [f"{out}/{name}/analysis" for name in NAMES],
+        list(drawn),
         out,
         title="Three ways to learn without labels",
-        lead=LEAD,
+        lead=f"{LEAD} {ZOO}" if members else LEAD,
         notes=[machine(), floor()],
+        names=titles if members else (),
+        judged=list(members),
     )
+
+
+def seed(folder: str) -> int:
+    """Of the training of an analysed encoder."""
+    return analysis.read_series(folder)["config"]["seed"]
 
 
 LEAD = (
@@ -75,6 +93,13 @@ LEAD = (
     "one by filling in what was hidden (masked image modelling), one by both at once. "
     "A minute of training shows how the instruments work; it is far too short to judge "
     "the paper's claims, and where these curves disagree with it, that is why."
+)
+
+ZOO = (
+    "Beside them stand the encoders of the mini zoo, which ship with the package: "
+    "smaller ones, trained for 20 to 40 minutes on the same photographs. The claims at "
+    "the end are judged on these, over all their seeds; docs/mini-zoo.md says how they "
+    "were chosen."
 )
 
 

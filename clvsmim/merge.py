@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from absl import flags
 from etils import epath
 
-from clvsmim import analysis, cli, meta
+from clvsmim import analysis, cli, files, meta
 from clvsmim.analysis import Analysis
 from clvsmim.analyze import decoder_of
 from clvsmim.metrics import Series, continued
@@ -59,7 +59,7 @@ def merge(folders: Sequence[str], out: str) -> None:
     about = {k: found[k] for k in ("config", "workdir", "step")}
     pictures = epath.Path(first) / "pictures.npz"
     if pictures.exists():
-        analysis.write_whole(f"{out}/pictures.npz", pictures.read_bytes())
+        files.write_whole(f"{out}/pictures.npz", pictures.read_bytes())
     known = {s.name for s in series}  # not sums: what was measured on single images
     series += [s for s in found["series"] if s.name not in known]
     analysis.save(f"{out}/state.npz", whole)

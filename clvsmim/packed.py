@@ -1,12 +1,12 @@
 """A trained run as a few small files: its encoder as float16, its config, its logs.
 
-A packed run lies where a workdir may: it is analyzed, probed and fine-tuned like one.
-It cannot be trained on, for the optimizer and what only training needs are gone.
+It lies where a workdir may: it is analyzed, probed and fine-tuned like one. It cannot
+be trained on, for the optimizer and what only training needs are gone. The members of
+the mini zoo are packed runs inside the package; "zoo:NAME" stands for their folders.
 """
 
 import gzip
 import hashlib
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,14 +15,16 @@ import numpy as np
 from etils import epath
 
 from clvsmim import log, meta, tree
-from clvsmim.analysis import load_arrays, save_arrays, write_whole
+from clvsmim.files import load_arrays, save_arrays, write_whole
 
 Tree = Any
 
+PREFIX = "zoo:"
+ZOO = epath.Path(__file__).parent / "zoo"
 WEIGHTS = "weights.npz"
 LOGS = ("log.jsonl", "xray.jsonl")
 # Contrastive learning's heads and its teacher: no measurement or picture uses them.
-DROPPED = r"(params|extra)/heads/(.*/)?(projector|predictor|teacher|teacher_stats)/.*"
+DROPPED = ("projector", "predictor", "teacher", "teacher_stats")
 
 
 def pack(trained: Any, workdir: str, folder: str) -> None:
@@ -37,7 +39,8 @@ def pack(trained: Any, workdir: str, folder: str) -> None:
         {name: np.asarray(x, np.float16) for name, x in tree.named(arrays).items()},
     )
     for name in LOGS:
-        text = (epath.Path(workdir) / name).read_bytes()
+        path = epath.Path(workdir) / name
+        text = path.read_bytes() if path.exists() else b""
         # No time of writing inside: the same log makes the same file.
         write_whole(f"{folder}/{name}.gz", gzip.compress(text, mtime=0))
     files = (WEIGHTS, *(f"{name}.gz" for name in LOGS))
@@ -48,6 +51,30 @@ def pack(trained: Any, workdir: str, folder: str) -> None:
         "sha256": {name: sha256(f"{folder}/{name}") for name in files},
     }
     meta.write_meta(folder, (meta.read_meta(workdir) or {}) | about)
+
+
+def names() -> list[str]:
+    """The members that are installed."""
+    return sorted(p.name for p in ZOO.iterdir() if is_packed(p))
+
+
+def place(run: str) -> str:
+    """The folder of "zoo:NAME"; any other `run` as it is.
+
+    Raises:
+      ValueError: there is no such member.
+    """
+    if not run.startswith(PREFIX):
+        return run
+    name, known = run.removeprefix(PREFIX), names()
+    if name in known:
+        return str(ZOO / name)
+    if known:
+        raise ValueError(f"no {name!r} in the zoo; known: {', '.join(known)}")
+    raise ValueError(
+        f"{run}: this installation has none of the zoo's files; install clvsmim from "
+        "its repository, or train one: clvsmim train --config=configs/mini_zoo.py:..."
+    )
 
 
 def is_packed(folder: str) -> bool:
@@ -79,10 +106,18 @@ def read(
 
 def kept(whole: Tree) -> Tree:
     """{"params", "extra"} without what packing leaves out."""
-    left = {
-        name: x for name, x in tree.named(whole).items() if not re.match(DROPPED, name)
+    return {
+        field: {"encoder": part["encoder"], "heads": _used(part["heads"])}
+        for field, part in whole.items()
     }
-    return {field: {} for field in whole} | tree.nest(left)
+
+
+def _used(heads: Tree) -> Tree:
+    return {
+        name: _used(x) if isinstance(x, dict) else x
+        for name, x in heads.items()
+        if name not in DROPPED
+    }
 
 
 def seconds(records: Sequence[log.Record]) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from clvsmim import analysis, claims, labelled, log, timeline
+from clvsmim import analysis, claims, files, labelled, log, timeline
 from clvsmim.build import make_encoder
 from clvsmim.metrics import Series
 from clvsmim.report import (
@@ -26,6 +26,7 @@ FAMILIES = {
     "mae": "mim",
     "hybrid": "hybrid",
     "classify": "supervised",
+    "untrained": "reference",
 }
 TITLES = {
     "moco_v3": "MoCo v3 (CL)",
@@ -50,13 +51,12 @@ def read(out: str, name: str = "", more: Sequence[Series] = ()) -> Run:
       more: series that are not in the files.
     """
     found = analysis.read_series(out)
-    objective = found["config"]["objective"]
     workdir = found["workdir"]
     records = log.read(f"{workdir}/log.jsonl")
     also = [*labelled.series(workdir), *timeline.series(workdir), *more]
     return Run(
-        name=name or title(objective),
-        family=FAMILIES.get(method(objective), ""),
+        name=name or title(found),
+        family=FAMILIES.get(method(found), ""),
         series=[*found["series"], *also],
         log=records,
         facts=facts(found["config"], found, records),
@@ -68,7 +68,7 @@ def measured(out: str) -> claims.Measured:
     found = analysis.read_series(out)
     objective = found["config"]["objective"]
     return claims.Measured(
-        method=method(objective),
+        method=method(found),
         seed=found["config"]["seed"],
         series=[*found["series"], *labelled.series(found["workdir"])],
         lam=objective.get("lam"),
@@ -79,8 +79,7 @@ def measured(out: str) -> claims.Measured:
 
 def names(folders: Sequence[str]) -> list[str]:
     """What to call analyses: the method, and its folder too if two share it."""
-    found = [analysis.read_series(out)["config"]["objective"] for out in folders]
-    titles = [title(objective) for objective in found]
+    titles = [title(analysis.read_series(out)) for out in folders]
     places = [place(out) for out in folders]
     short = next(
         n for n in range(1, 99) if len({p[-n:] for p in places}) == len(places)
@@ -97,9 +96,12 @@ def place(out: str) -> tuple[str, ...]:
     return (path.parent if path.name == "analysis" else path).parts
 
 
-def method(objective: dict[str, Any]) -> str:
-    """The method as the claims know it: a hybrid at λ = 0 or 1 is the one it consists
-    of, and only those with SimMIM are the paper's."""
+def method(found: dict[str, Any]) -> str:
+    """The method of an analysis as the claims know it: a hybrid at λ = 0 or 1 is the
+    one it consists of, and only those with SimMIM are the paper's."""
+    objective = found["config"]["objective"]
+    if not found["step"]:
+        return "untrained"
     if "lam" not in objective:
         return objective["name"]
     mim, cl = objective["mim"]["name"], objective["cl"]["name"]
@@ -107,10 +109,11 @@ def method(objective: dict[str, Any]) -> str:
     return {0: mim, 1: cl}.get(objective["lam"], other)
 
 
-def title(objective: dict[str, Any]) -> str:
-    """The method as a legend calls it."""
-    name = TITLES.get(method(objective), method(objective))
-    return f"{name}, λ = {objective['lam']:g}" if "lam" in objective else name
+def title(found: dict[str, Any]) -> str:
+    """The method of an analysis as a legend calls it."""
+    name, objective = method(found), found["config"]["objective"]
+    lam = f", λ = {objective['lam']:g}" if "lam" in objective else ""
+    return TITLES.get(name, name) + lam * (name != "untrained")
 
 
 def facts(config: dict, found: dict, records: list[dict]) -> dict[str, str]:
@@ -145,13 +148,17 @@ def page(
     lead: str = "",
     first: Sequence[Section] = (),
     notes: Sequence[str] = (),
+    judged: Sequence[str] = (),
 ) -> epath.Path:
-    """Write the report of runs and their analysis folders; `first` leads the page."""
+    """Write the report of runs and their analysis folders; `first` leads the page.
+
+    The claims are judged on the analyses `judged`, by default on those that are drawn.
+    """
     drawn = [(run, pictures(out)) for run, out in runs]
-    models = [measured(out) for _, out in runs]
+    models = [measured(out) for out in judged or [out for _, out in runs]]
     verdicts = claims.to_json(claims.judge(models))
     text = json.dumps(verdicts, indent=1, ensure_ascii=False)
-    analysis.write_whole(f"{folder}/data/claims.json", f"{text}\n".encode())
+    files.write_whole(f"{folder}/data/claims.json", f"{text}\n".encode())
     places = [(run, analysis.read_series(out)["workdir"]) for run, out in runs]
     shown = (*first, seeing(drawn), looking(drawn), claimed(models))
     shown += (timeline.section(places), *SECTIONS, alike(drawn), near(drawn))
@@ -168,7 +175,7 @@ def page(
 def pictures(out: str) -> dict[str, np.ndarray]:
     """The arrays of pictures.npz, {} without it."""
     path = f"{out}/pictures.npz"
-    return analysis.load_arrays(path) if epath.Path(path).exists() else {}
+    return files.load_arrays(path) if epath.Path(path).exists() else {}
 
 
 def seeing(drawn: Sequence[tuple[Run, dict]]) -> Section | None:

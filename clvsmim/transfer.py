@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from clvsmim import tree, zoo
+from clvsmim import packed, tree
 from clvsmim.checkpoint import restore_params
 from clvsmim.meta import read_meta
 from clvsmim.vit import Spec
@@ -30,7 +30,7 @@ def read(
     Raises:
       ValueError: it does not fit, as `fit`, or there is none.
     """
-    folder = zoo.place(workdir)
+    folder = packed.place(workdir)
     found, _ = restore_params(folder, sharding=sharding)
     about = read_meta(folder)
     what = f"init.path={workdir}"
@@ -52,7 +52,7 @@ def settings_of(workdir: str) -> dict[str, Any]:
     Raises:
       ValueError: nobody trained there.
     """
-    about = read_meta(zoo.place(workdir))
+    about = read_meta(packed.place(workdir))
     if about is None:
         raise ValueError(
             f"no meta.json in {workdir!r}; expected a --workdir of `clvsmim train`"

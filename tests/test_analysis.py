@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import runs
 
-from clvsmim import analysis, analyze, build, mesh, present, tree
+from clvsmim import analysis, analyze, build, files, mesh, present, tree
 from clvsmim.data.pipeline import eval_batches
 from clvsmim.measure import Settings, eval_view
 from clvsmim.metrics import Axis, Metric, Series
@@ -165,22 +165,22 @@ def test_an_analysis_comes_back_exactly(whole, tmp_path):
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "a.npz"
-    analysis.save_arrays(path, {"x": np.arange(3)})
+    files.save_arrays(path, {"x": np.arange(3)})
 
     def crash(*_):
         raise OSError("disk full")
 
     monkeypatch.setattr(type(analysis.epath.Path(path)), "replace", crash)
     with pytest.raises(OSError, match="disk full"):
-        analysis.save_arrays(path, {"x": np.arange(4)})
-    np.testing.assert_array_equal(analysis.load_arrays(path)["x"], np.arange(3))
+        files.save_arrays(path, {"x": np.arange(4)})
+    np.testing.assert_array_equal(files.load_arrays(path)["x"], np.arange(3))
 
 
 def test_no_pickle_is_ever_read(tmp_path):
     with (tmp_path / "a.npz").open("wb") as file:
         np.savez(file, x=np.array([{}], object))
     with pytest.raises(ValueError, match="pickle"):
-        analysis.load_arrays(tmp_path / "a.npz")
+        files.load_arrays(tmp_path / "a.npz")
 
 
 FOREIGN = {
@@ -394,7 +394,7 @@ def test_damaged_series_are_named(done, tmp_path):
 
 @pytest.fixture(scope="module")
 def pictures(done):
-    return analysis.load_arrays(done[1] / "pictures.npz")
+    return files.load_arrays(done[1] / "pictures.npz")
 
 
 def test_visible_pixels_are_those_of_the_image(pictures, trained):

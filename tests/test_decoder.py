@@ -8,7 +8,17 @@ import pytest
 import runs
 from models import MAE, tiny, tiny_mae, tiny_moco_v3
 
-from clvsmim import analysis, analyze, build, claims, measure, merge, present, views
+from clvsmim import (
+    analysis,
+    analyze,
+    build,
+    claims,
+    files,
+    measure,
+    merge,
+    present,
+    views,
+)
 from clvsmim.measure import Settings
 from clvsmim.metrics import DECODER, Axis, Series, continued
 from clvsmim.objectives import hybrid
@@ -198,8 +208,8 @@ def test_an_analysis_stopped_in_the_decoder_goes_on_there(
     assert [name for name, _ in seen] == ["Whole"]  # the batch that was not saved
     for name in ("state.npz", "decoder/state.npz"):
         runs.assert_identical(
-            analysis.load_arrays(str(tmp_path / name)),
-            analysis.load_arrays(str(whole / name)),
+            files.load_arrays(str(tmp_path / name)),
+            files.load_arrays(str(whole / name)),
         )
     assert sorted(p.name for p in (tmp_path / "decoder").iterdir()) == ["state.npz"]
     analyze.analyze(folder, str(tmp_path), SETTINGS)

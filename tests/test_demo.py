@@ -1,5 +1,6 @@
 """The demo from end to end, and again, and after a kill."""
 
+import json
 import re
 import shutil
 
@@ -7,11 +8,11 @@ import jax
 import pytest
 import runs
 
-from clvsmim import analysis, analyze, demo, log, train
+from clvsmim import analysis, analyze, demo, files, log, packed, train, zoo
 
 
 @pytest.fixture(autouse=True, scope="module")
-def small():
+def small(tmp_path_factory):
     """One device, and few images to measure."""
     one = jax.devices()[:1]
     with pytest.MonkeyPatch.context() as patch:
@@ -19,6 +20,7 @@ def small():
         few = {"images": 32, "train_images": 32, "group": 8}
         patch.setattr(demo, "SETTINGS", demo.SETTINGS._replace(**few))
         patch.setattr(demo, "floor", lambda: "the floor of the data")
+        patch.setattr(packed, "ZOO", tmp_path_factory.mktemp("zoo"))  # none
         yield
 
 
@@ -80,7 +82,7 @@ def demo_sections():
 
 def test_masked_reconstructions_are_those_of_the_two_that_make_them(done):
     for name in demo.NAMES:
-        found = analysis.load_arrays(done / name / "analysis" / "pictures.npz")
+        found = files.load_arrays(done / name / "analysis" / "pictures.npz")
         assert ("reconstruction" in found) == (name != "moco_v3")
         assert found["attention"].shape[0] == 2
 
@@ -142,6 +144,28 @@ def test_killed_in_the_middle_it_goes_on(done, tmp_path):
         assert [s.to_json() for s in got["series"]] == [
             s.to_json() for s in want["series"]
         ]
+
+
+def test_the_zoo_stands_beside_the_runs_and_is_what_is_judged(
+    done, tmp_path, monkeypatch
+):
+    """Two packed seeds of one run: the first is drawn, the claims hear of both."""
+    monkeypatch.setattr(packed, "ZOO", tmp_path / "zoo")
+    (tmp_path / "zoo").mkdir()
+    for name, seed in (("a", 0), ("b", 1)):
+        meta = tmp_path / zoo.pack(str(done / "simmim"), name) / "meta.json"
+        about = json.loads(meta.read_text())
+        about["config"]["seed"] = seed
+        meta.write_text(json.dumps(about))
+    out = shutil.copytree(done, tmp_path / "out")
+    page = demo.demo(str(out), changes=runs.CHANGES).read_text()
+    shown = text(page)
+    for name in ("SimMIM (MIM), a minute", "SimMIM (MIM), zoo", "the mini zoo"):
+        assert name in shown
+    assert shown.count("192 images in 12 steps") == 4
+    judged = json.loads((out / "data" / "claims.json").read_text())
+    claim = next(c for c in judged if c["id"] == 16)
+    assert claim["seeds"] == [0, 1] and claim["verdict"] == "2 seeds: not judged"
 
 
 def test_the_report_alone_trains_and_measures_nothing(done, page, monkeypatch):

@@ -11,24 +11,25 @@ docs/mini-zoo.md. To make one again, train its config and pack the run:
     clvsmim zoo --pack=runs/mini_moco_v3 --name=mini_moco_v3
 """
 
+import dataclasses
 import sys
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from absl import flags
-from etils import epath
 
 from clvsmim import cli, meta, packed
-
-PREFIX = "zoo:"
-FOLDER = epath.resource_path("clvsmim.zoo")
 
 
 def main(argv: Sequence[str]) -> None:
     values, rest = cli.parse(__doc__, argv, _flags)
     if rest:
         raise ValueError(f"unexpected {rest[0]!r}; `clvsmim zoo` takes flags only")
-    if values.pack:
+    if values.untrained:
+        print(pack_untrained(values.name))
+    elif values.pack:
         print(pack(values.pack, values.name))
     else:
         print(listing())
@@ -38,31 +39,9 @@ def _flags(values: flags.FlagValues) -> None:
     own = {"flag_values": values}
     what = "a workdir to pack into the zoo, instead of listing it"
     flags.DEFINE_string("pack", "", what, **own)
+    what = "pack the encoder of configs/mini_zoo.py as it is before training"
+    flags.DEFINE_bool("untrained", False, what, **own)
     flags.DEFINE_string("name", "", "what to call the packed run", **own)
-
-
-def names() -> list[str]:
-    """The members that are installed."""
-    return sorted(p.name for p in FOLDER.iterdir() if packed.is_packed(p))
-
-
-def place(run: str) -> str:
-    """The folder of "zoo:NAME"; any other `run` as it is.
-
-    Raises:
-      ValueError: there is no such member.
-    """
-    if not run.startswith(PREFIX):
-        return run
-    name, known = run.removeprefix(PREFIX), names()
-    if name in known:
-        return str(FOLDER / name)
-    if known:
-        raise ValueError(f"no {name!r} in the zoo; known: {', '.join(known)}")
-    raise ValueError(
-        f"{run}: this installation has none of the zoo's files; install clvsmim from "
-        "its repository, or train one: clvsmim train --config=configs/mini_zoo.py:..."
-    )
 
 
 def pack(workdir: str, name: str) -> str:
@@ -73,17 +52,42 @@ def pack(workdir: str, name: str) -> str:
     """
     from clvsmim.analyze import load  # which asks the zoo for its folders
 
-    if not name or "/" in name:
-        raise ValueError(f"--name={name!r}: give the member a name without slashes")
+    check_name(name)
     trained = load(workdir)
     total = (meta.read_meta(workdir) or {})["steps"]
     if trained.step < total:
         raise ValueError(
             f"{workdir} is at step {trained.step} of {total}; train it to the end"
         )
-    folder = str(FOLDER / name)
+    folder = str(packed.ZOO / name)
     packed.pack(trained, workdir, folder)
     return folder
+
+
+def pack_untrained(name: str) -> str:
+    """Add the encoder that all members start from, seed 0; returns its folder."""
+    from clvsmim import build
+    from clvsmim.analyze import Trained
+    from clvsmim.configs import mini_zoo
+
+    check_name(name)
+    program = build.build(config := mini_zoo.get_config())
+    state = jax.device_get(program.init())
+    config = build.plain(config)
+    trained = Trained(config, program.objective, state.params, state.extra, 0)
+    encoder = dataclasses.asdict(program.objective.encoder.spec)
+    about = {"config": config, "encoder": encoder, "input": config["input"]}
+    about |= {"parameters": build.count(state.params["encoder"]), "steps": 0}
+    with tempfile.TemporaryDirectory() as workdir:
+        meta.write_meta(workdir, about | {"versions": meta.versions()})
+        packed.pack(trained, workdir, str(packed.ZOO / name))
+    return str(packed.ZOO / name)
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError unless `name` can be that of a member."""
+    if not name or "/" in name:
+        raise ValueError(f"--name={name!r}: give the member a name without slashes")
 
 
 def listing() -> str:
@@ -91,7 +95,7 @@ def listing() -> str:
     rows = [
         ("name", "objective", "seed", "steps", "images", "minutes", "kB", "weights")
     ]
-    rows += [row(name) for name in names()]
+    rows += [row(name) for name in packed.names()]
     if len(rows) == 1:
         return "the zoo is empty: this installation has none of its files"
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -104,16 +108,16 @@ def listing() -> str:
 
 def row(name: str) -> tuple[str, ...]:
     """What the list says of a member."""
-    folder = FOLDER / name
+    folder = packed.ZOO / name
     about: dict[str, Any] = meta.read_meta(folder) or {}
     config = about["config"]
     objective = config["objective"]
     lam = f", λ = {objective['lam']:g}" if "lam" in objective else ""
-    size = sum(p.stat().length for p in folder.iterdir())
+    size = sum(len(p.read_bytes()) for p in folder.iterdir())
     intact = packed.sha256(folder / packed.WEIGHTS) == about["sha256"][packed.WEIGHTS]
     return (
         name,
-        f"{objective['name']}{lam}",
+        f"{objective['name']}{lam}" if about["step"] else "untrained",
         str(config["seed"]),
         f"{about['step']:,}",
         f"{about['step'] * config['batch']:,}",
