@@ -24,7 +24,7 @@ class _Manager(ocp.CheckpointManager):
     """Orbax's, but for one question.
 
     It would ask JAX itself whether a SIGTERM came, by the number of the step; whoever
-    trains asks by numbers of its own (`hosts.Stop`), and JAX wants them to rise.
+    trains asks by numbers of its own (`stopping.Stop`), and JAX wants them to rise.
     """
 
     def reached_preemption(self, step: int) -> bool:

@@ -7,24 +7,22 @@ others before it ends, so that nobody waits for it.
 
 import atexit
 import contextlib
-import ctypes
-import itertools
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 from absl import flags
 from jax._src import distributed  # its client, which has no public name
 from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize asks
-from jax.experimental import multihost_utils
+
+from clvsmim import stopping
 
 FLAGS = ("coordinator", "processes", "process")
 CONNECT = 300  # seconds to wait for the others
@@ -160,7 +158,7 @@ def join(here: Place, *, seconds: int = CONNECT, by_flags: bool = True) -> None:
         ) from error
     finally:
         late.cancel()
-    _take_notifier()
+    stopping.take_notifier()
     _guards.append(_last_words(here))
     _watch(here.process)
 
@@ -298,73 +296,6 @@ def _end(line: str, status: int) -> None:
     for call_off in _guards:
         call_off()
     os._exit(status)
-
-
-class Stop:
-    """Whether a SIGTERM asks to stop; every process gets the same answer.
-
-    All of them call it equally often, and all get the first True at the same call.
-
-    Attributes:
-      here: the signals that have come to this process, at once.
-    """
-
-    def __init__(self) -> None:
-        self.here: list[int] = []
-        self._agreed = False
-
-    def __call__(self) -> bool:
-        if not several():
-            return bool(self.here)
-        if not self._agreed:
-            number = next(_calls)
-            self._agreed = multihost_utils.reached_preemption_sync_point(number)
-        return self._agreed
-
-
-_calls = itertools.count(1)  # never the same number twice, whatever runs in a process
-_notifiers: list[Callable[[int], None]] = []
-
-
-@contextlib.contextmanager
-def sigterm() -> Iterator[Stop]:
-    """A `Stop` that SIGTERM sets off, which then no longer ends the program.
-
-    Only the main thread may ask for signals; another one gets a Stop of the others.
-    """
-    stop = Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    if several():
-        _take_notifier()
-
-    def handle(number: int, _: Any) -> None:
-        stop.here.append(number)
-        for notify in _notifiers:  # JAX tells the others
-            notify(number)
-
-    before = signal.signal(signal.SIGTERM, handle)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _take_notifier() -> None:
-    """Give SIGTERM its usual meaning back, and keep what JAX has put there instead.
-
-    JAX's handler, a C function that Python does not know of, only takes notice: outside
-    of a training, which asks for it, no SIGTERM would end the program.
-    """
-    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        return  # somebody else's handler came later
-    libc = ctypes.CDLL(None)
-    libc.signal.restype = ctypes.c_void_p
-    libc.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
-    found = libc.signal(signal.SIGTERM, None)
-    if found:  # None is the default
-        _notifiers[:] = [ctypes.CFUNCTYPE(None, ctypes.c_int)(found)]
 
 
 def _first_line(error: BaseException) -> str:

@@ -28,7 +28,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from clvsmim import cli, flops, hosts, meta, transfer
+from clvsmim import cli, flops, hosts, meta, stopping, transfer
 from clvsmim import mesh as meshes
 from clvsmim.build import (
     Program,
@@ -262,7 +262,7 @@ def loop(
 
     begun, waited = time.monotonic(), 0.0
     try:
-        with jax.transfer_guard("disallow"), hosts.sigterm() as stop:
+        with jax.transfer_guard("disallow"), stopping.sigterm() as stop:
             if xray and not start:
                 xray.take(0, state.params, state.extra)
             if again:
@@ -356,7 +356,7 @@ class Reader:
         self._load, self._count = load, 0
         self._data = load(0, {})
 
-    def read(self, stop: hosts.Stop) -> dict[str, Any] | None:
+    def read(self, stop: stopping.Stop) -> dict[str, Any] | None:
         """The next batch; None after the last one.
 
         Raises:
@@ -382,7 +382,7 @@ def evaluate(
     program: Program,
     settings: dict[str, Any],
     state: State,
-    stop: hosts.Stop | None = None,
+    stop: stopping.Stop | None = None,
 ) -> dict[str, float]:
     """{"eval/...": mean over the held-out images}, and how many these were; {} where
     a SIGTERM came meanwhile and `stop` says so.
@@ -390,7 +390,7 @@ def evaluate(
     Raises:
       ValueError: none of the held-out images can be read.
     """
-    stop, sums = stop or hosts.Stop(), []
+    stop, sums = stop or stopping.Stop(), []
     data = Reader(lambda first, more: load_held_out(program, settings, first, **more))
     try:
         while (batch := data.read(stop)) is not None:

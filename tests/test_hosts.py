@@ -12,20 +12,20 @@ import jax
 import pytest
 import runs
 
-from clvsmim import checkpoint, cli, hosts, log, train
+from clvsmim import checkpoint, cli, hosts, log, stopping, train
 
 # What a command does, with a sum over all processes in place of a step.
 TOY = """
 import sys, time, types
 import jax
 import numpy as np
-from clvsmim import cli, hosts, mesh
+from clvsmim import cli, hosts, mesh, stopping
 
 def main(argv):
     values, (hook,) = cli.parse("", argv, hosts.define_flags, "HOOK")
     hosts.start(values)
     grid, sums = mesh.make(), jax.jit(lambda x: x.sum())
-    with hosts.sigterm() as stop:
+    with stopping.sigterm() as stop:
         for step in range(1, 3000):
             float(sums(mesh.put(np.ones(1, np.float32), grid)))
             print(step, flush=True)
@@ -211,7 +211,7 @@ def test_on_a_tpu_pod_the_processes_find_each_other(monkeypatch):
 
 def test_without_other_processes_sigterm_is_kept_until_asked_for():
     before = signal.getsignal(signal.SIGTERM)
-    with hosts.sigterm() as stop:
+    with stopping.sigterm() as stop:
         assert not stop()
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop() and stop.here == [signal.SIGTERM]
@@ -237,7 +237,7 @@ def test_after_sigterm_a_process_that_others_wait_for_reads_by_itself(
     monkeypatch, several, signalled
 ):
     monkeypatch.setattr(hosts, "several", lambda: several)
-    calls, stop = [], hosts.Stop()
+    calls, stop = [], stopping.Stop()
     reader = train.Reader(batches_of(calls, 4))
     assert [reader.read(stop), reader.read(stop)] == [0, 1]
     stop.here += [signal.SIGTERM] * signalled
@@ -253,9 +253,9 @@ def test_after_sigterm_a_process_that_others_wait_for_reads_by_itself(
 def test_saving_asks_jax_for_no_signal_by_the_number_of_the_step(tmp_path, monkeypatch):
     """The numbers of `Stop` count evaluations too, and may never go back."""
     asked = []
-    ask = hosts.multihost_utils.reached_preemption_sync_point
+    ask = stopping.multihost_utils.reached_preemption_sync_point
     monkeypatch.setattr(
-        hosts.multihost_utils, "reached_preemption_sync_point", asked.append
+        stopping.multihost_utils, "reached_preemption_sync_point", asked.append
     )
     with checkpoint.Checkpoints(str(tmp_path), keep=1) as found:
         found.save(3, {"a": jax.numpy.ones(2)})

@@ -87,6 +87,7 @@ LAYERS = {
     "rehearsal": 4,
     "rollcall": 4,
     "hosts": 4,
+    "stopping": 4,
     "zoo": 4,
     "demo": 4,
     "configs": 4,  # recipes: no room, and only the demo reads them by name
