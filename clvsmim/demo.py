@@ -70,7 +70,7 @@ def report(out: str) -> epath.Path:
     members = {f"{out}/zoo/{name}": "zoo" for name in packed.names()}
     # Other seeds of a member are for the claims alone: fewer lines in a figure.
     drawn = live | {f: who for f, who in members.items() if not seed(f)}
-    titles = [f"{present.title(analysis.read_series(f))}, {drawn[f]}" for f in drawn]
+    titles = [f"{present.title_of(analysis.read_series(f))}, {drawn[f]}" for f in drawn]
     return compare.compare(
         list(drawn),
         out,

@@ -55,8 +55,8 @@ def read(out: str, name: str = "", more: Sequence[Series] = ()) -> Run:
     records = log.read(f"{workdir}/log.jsonl")
     also = [*labelled.series(workdir), *timeline.series(workdir), *more]
     return Run(
-        name=name or title(found),
-        family=FAMILIES.get(method(found), ""),
+        name=name or title_of(found),
+        family=FAMILIES.get(method_of(found), ""),
         series=[*found["series"], *also],
         log=records,
         facts=facts(found["config"], found, records),
@@ -68,7 +68,7 @@ def measured(out: str) -> claims.Measured:
     found = analysis.read_series(out)
     objective = found["config"]["objective"]
     return claims.Measured(
-        method=method(found),
+        method=method_of(found),
         seed=found["config"]["seed"],
         series=[*found["series"], *labelled.series(found["workdir"])],
         lam=objective.get("lam"),
@@ -79,7 +79,7 @@ def measured(out: str) -> claims.Measured:
 
 def names(folders: Sequence[str]) -> list[str]:
     """What to call analyses: the method, and its folder too if two share it."""
-    titles = [title(analysis.read_series(out)) for out in folders]
+    titles = [title_of(analysis.read_series(out)) for out in folders]
     places = [place(out) for out in folders]
     short = next(
         n for n in range(1, 99) if len({p[-n:] for p in places}) == len(places)
@@ -96,12 +96,19 @@ def place(out: str) -> tuple[str, ...]:
     return (path.parent if path.name == "analysis" else path).parts
 
 
-def method(found: dict[str, Any]) -> str:
-    """The method of an analysis as the claims know it: a hybrid at λ = 0 or 1 is the
-    one it consists of, and only those with SimMIM are the paper's."""
-    objective = found["config"]["objective"]
-    if not found["step"]:
-        return "untrained"
+def method_of(found: dict[str, Any]) -> str:
+    """The method by which an analysed encoder was trained, if it was."""
+    return method(found["config"]["objective"]) if found["step"] else "untrained"
+
+
+def title_of(found: dict[str, Any]) -> str:
+    """What a legend calls an analysed encoder."""
+    return title(found["config"]["objective"]) if found["step"] else "untrained"
+
+
+def method(objective: dict[str, Any]) -> str:
+    """The method as the claims know it: a hybrid at λ = 0 or 1 is the one it consists
+    of, and only those with SimMIM are the paper's."""
     if "lam" not in objective:
         return objective["name"]
     mim, cl = objective["mim"]["name"], objective["cl"]["name"]
@@ -109,11 +116,10 @@ def method(found: dict[str, Any]) -> str:
     return {0: mim, 1: cl}.get(objective["lam"], other)
 
 
-def title(found: dict[str, Any]) -> str:
-    """The method of an analysis as a legend calls it."""
-    name, objective = method(found), found["config"]["objective"]
-    lam = f", λ = {objective['lam']:g}" if "lam" in objective else ""
-    return TITLES.get(name, name) + lam * (name != "untrained")
+def title(objective: dict[str, Any]) -> str:
+    """The method as a legend calls it."""
+    name = TITLES.get(method(objective), method(objective))
+    return f"{name}, λ = {objective['lam']:g}" if "lam" in objective else name
 
 
 def facts(config: dict, found: dict, records: list[dict]) -> dict[str, str]:
