@@ -3,7 +3,8 @@
 
 PYTHON ?= python3
 ARGS ?=
-BENCHMARKS := $(sort $(wildcard benchmarks/*.py))
+# A name with an underscore is a part of another script.
+BENCHMARKS := $(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))
 
 BIN := .venv/bin
 CORE := .venv/.stamp-core

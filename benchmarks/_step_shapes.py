@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable
 
 import numpy as np
@@ -11,6 +12,12 @@ ADAMW = {"base": 1.5e-4, "b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.0
 MASKED = 0.6  # of SimMIM's cells of 2 x 2 patches
 REMOVED = 0.75  # of MAE's patches
 MOMENTUM, TAU = 0.99, 0.2  # of MoCo v3's teacher and loss
+
+
+def cores() -> int:
+    """Those that this process may use, which are what XLA takes."""
+    allowed = getattr(os, "sched_getaffinity", None)
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

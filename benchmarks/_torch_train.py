@@ -4,13 +4,12 @@ SimMIM and MAE are those of `transformers`; MoCo v3 is `_torch_moco.py`. All att
 `scaled_dot_product_attention`, have the exact GELU and AdamW in its fused form.
 """
 
-import os
 import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
-from _step_shapes import ADAMW, MOMENTUM, REMOVED, TAU, Shape, Side
+from _step_shapes import ADAMW, MOMENTUM, REMOVED, TAU, Shape, Side, cores
 
 EPSILON = 1e-6  # of LayerNorm
 LABELS = {False: "torch eager, SDPA", True: "torch.compile, SDPA"}
@@ -32,7 +31,7 @@ def make(
       device: "cpu" or "cuda".
     """
     if device == "cpu":
-        torch.set_num_threads(os.cpu_count())
+        torch.set_num_threads(cores())
     before = memory(device)
     model, after = MODELS[method](shape)
     model.to(device).train()

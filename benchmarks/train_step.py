@@ -39,7 +39,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from _step_shapes import QUICK, SHAPES, Shape, Side, pictures
+from _step_shapes import QUICK, SHAPES, Shape, Side, cores, pictures
 
 ROOT = Path(__file__).resolve().parent.parent  # the package need not be installed
 NAMES = {"simmim": "SimMIM", "mae": "MAE", "moco_v3": "MoCo v3"}
@@ -52,10 +52,10 @@ def main() -> None:
     args = arguments()
     if args.child:
         raise SystemExit(measure(args))
-    cores, system = os.cpu_count(), platform.system()
     found = ("jax", "flax", "optax", "torch", "transformers")
     print(
-        f"{processor()}, {cores} cores, {system}; {', '.join(map(version, found))}",
+        f"{processor()}, {cores()} cores, {platform.system()}; "
+        f"{', '.join(map(version, found))}",
         flush=True,
     )
     failed = [method for method in args.only if run_fitting(args, method)]

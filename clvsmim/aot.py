@@ -8,9 +8,9 @@
 The TPU compiler (`pip install "clvsmim[aot]"`) needs no TPU, and no data set is read.
 What is compiled is the step that `clvsmim train` runs, and the one of `clvsmim
 analyze`, for all devices of the topology. Memory, operations, bytes and collectives are
-the compiler's. The least time of a step is a bound by the data sheets of the chips: a
-real step takes longer. Where the step does not fit, ways to make it fit are compiled
-too. A step of a ViT-B takes minutes to compile.
+the compiler's. The roofline is what a perfect program would take by the data sheets of
+the chips: a real step takes longer. Where the step does not fit, ways to make it fit
+are compiled too. A step of a ViT-B takes minutes to compile.
 """
 
 import contextlib
@@ -61,10 +61,16 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError("--topology is missing; for example --topology=v5e:16x16")
     prepare()
     places = [topology(name, values.slices) for name in values.topology]
-    file = re.search(r"--?config[= ](\S+)", " ".join(argv))[1]
+    recipe = re.search(r"--?config[= ](\S+)", " ".join(argv))[1]
     changes = (a for a in argv if a.startswith("--config."))
-    title = " ".join([file.rsplit("/", 1)[-1], *changes])
+    title = " ".join([recipe.rsplit("/", 1)[-1], *changes])
+    for place in places:  # mistakes come out now, not after the first compilation
+        build.build(config, devices=place.devices)
     found = []
+    if values.json:
+        file = epath.Path(values.json)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("[]")
     if values.markdown:
         print(aot_text.HEAD)
     for place in places:
@@ -163,7 +169,10 @@ def reports(
     yield first
     if not first["fits"] and remedy:
         for change, other in remedies(config, place):
-            yield training(other, place, change)
+            try:
+                yield training(other, place, change)
+            except ValueError as error:  # the others may still help
+                print(f"no remedy, {change}: {error}", file=sys.stderr, flush=True)
     if analyze:
         yield analysing(config, place)
 

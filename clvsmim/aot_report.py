@@ -55,7 +55,8 @@ def report(
     told = f" with {change}" if change else ""
     print(f"compiling the {what} for {place.name}{told}", file=sys.stderr, flush=True)
     begun = time.monotonic()
-    compiled, needs, hbm = compile_or_short(lower())
+    given = sum(held.values())
+    compiled, needs, hbm = compile_or_short(lower(), given)
     chip = roofline.CHIPS.get(place.kind)
     found = {
         "topology": place.name,
@@ -81,6 +82,8 @@ def report(
     summary = hlo.read(compiled.as_text(), devices=devices)
     found["flops"]["compiler"] = cost["flops"]
     operations = [x for x in found["flops"].values() if x]
+    if passes > 1:  # only products take several passes, and only these count by hand
+        operations = operations[:1]
     given = memory.argument_size_in_bytes
     # What it reads and writes anyway, where too much counts as on the chip.
     least = given + memory.output_size_in_bytes
@@ -108,9 +111,12 @@ def report(
 
 
 def compile_or_short(
-    lowered: jax.stages.Lowered,
+    lowered: jax.stages.Lowered, given: int
 ) -> tuple[jax.stages.Compiled | None, int | None, int | None]:
     """(compiled, None, None), or (None, bytes needed, bytes there) if it cannot fit.
+
+    Args:
+      given: bytes of its arguments.
 
     Raises:
       ValueError: the compiler refuses for another reason.
@@ -118,15 +124,18 @@ def compile_or_short(
     try:
         return lowered.compile(), None, None
     except jax.errors.JaxRuntimeError as error:
-        short = shortage(str(error))
+        short = shortage(str(error), given)
         if short is None:
             why = str(error).strip().split("\n")[0]
             raise ValueError(f"the TPU compiler refuses: {why}") from error
         return None, *short
 
 
-def shortage(message: str) -> tuple[int, int] | None:
-    """(bytes needed, bytes there) of a message that memory is exhausted, else None."""
+def shortage(message: str, given: int) -> tuple[int, int] | None:
+    """(bytes needed, bytes there) of a message that memory is exhausted, else None.
+
+    One of the two messages is about temporaries alone, without the `given` arguments.
+    """
     size = r"\(?([\d.]+)([KMGT]?)\)?"
     for pattern in (
         rf"required for .*?{size} exceeds available HBM {size}",
@@ -137,6 +146,8 @@ def shortage(message: str) -> tuple[int, int] | None:
             scale = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
             need, need_unit, have, have_unit = match.groups()
             needed = round(float(need) * scale[need_unit])
+            if "temporaries" in match[0]:
+                needed += given
             return needed, round(float(have) * scale[have_unit])
     return None
 
@@ -160,9 +171,9 @@ def tabled(collectives: Sequence[hlo.Collective]) -> list[dict[str, Any]]:
 
 
 def bounded(times: dict[str, float], batch: int) -> dict[str, Any]:
-    """Times, the longest of them, and the images per second that it allows."""
+    """Times, the longest of them, and the images per second at that."""
     binds, least = roofline.bound(times)
-    speed = batch / least if least else None
+    speed = batch / least
     return {**times, "binds": binds, "seconds": least, "images_per_second": speed}
 
 

@@ -8,7 +8,7 @@ GiB = 2**30
 COLUMNS = (
     *("recipe", "step", "topology", "devices", "mesh", "images per device"),
     *("GiB of HBM", "TFLOP (by hand / compiler)", "GB through HBM"),
-    *("collectives: number, MB", "least step, bound by", "images/s at most"),
+    *("collectives: number, MB", "roofline, bound by", "images/s at that"),
     "compiled in",
 )
 HEAD = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
@@ -18,7 +18,7 @@ def row(report: Report) -> str:
     """A row of a Markdown table under `HEAD`."""
     times, least, speed = report.get("roofline"), "", ""
     if times:
-        least = f"{1e3 * times['seconds']:.1f} ms, {times['binds']}"
+        least = f"{1e3 * times['seconds']:.1f} ms, {times['binds']}{_once(report)}"
         speed = _number(times["images_per_second"])
     name = report["recipe"] + (f" {report['change']}" if report["change"] else "")
     cells = (
@@ -64,6 +64,7 @@ def block(report: Report) -> str:
         return "\n".join([*lines, _line("compiled in", _seconds(report)), ""])
     made = max(report["needs"] - report["arguments"], 0)
     lines += [_line("  made", f"{_size(made)} at the peak, beyond what is given")]
+    lines += [_line("  largest", "of all that the step makes, not all at one time:")]
     for value in report["largest"]:
         if value["bytes"] > report["needs"] / 100:
             name = value["origin"] or "without a name"
@@ -80,7 +81,7 @@ def block(report: Report) -> str:
         over = f" over {one['group']}" if one["kind"] != "send" else ""
         text = f"{one['kind']}{over}: {number} {one['origin']}, {size}"
         lines += [_line("", text)]
-    lines += [_line("at least", _bound(report))]
+    lines += [_line("roofline", _bound(report))]
     return "\n".join([*lines, _line("compiled in", _seconds(report)), ""])
 
 
@@ -153,9 +154,10 @@ def _bound(report: Report) -> str:
         return f"unknown: no data sheet of {report['device']} here"
     kinds = ("compute", "memory", "interconnect", "network")
     each = ", ".join(f"{k} {1e3 * times[k]:.2f} ms" for k in kinds if times[k])
+    speed = _number(times["images_per_second"])
     return (
         f"{1e3 * times['seconds']:.2f} ms a step by data sheets: {times['binds']} "
-        f"binds ({each}); {_number(times['images_per_second'])} images/s at most"
+        f"binds ({each}){_once(report)}; {speed} images/s at that"
     )
 
 

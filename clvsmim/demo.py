@@ -97,9 +97,9 @@ LEAD = (
 
 ZOO = (
     "Beside them stand the encoders of the mini zoo, which ship with the package: "
-    "smaller ones, trained for 20 to 40 minutes on the same photographs. The claims at "
-    "the end are judged on these, over all their seeds; docs/mini-zoo.md says how they "
-    "were chosen."
+    "smaller ones, trained for longer on the same photographs (`clvsmim zoo` says how "
+    "long). The claims at the end are judged on these, over all their seeds; "
+    "docs/mini-zoo.md says how they were chosen."
 )
 
 

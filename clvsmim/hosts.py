@@ -24,6 +24,7 @@ from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize asks
 
 from clvsmim import stopping
 
+CLUSTERS = ("gketpu", "gcetpu", "slurm", "ompi")  # as JAX calls what it detects
 FLAGS = ("coordinator", "processes", "process")
 CONNECT = 300  # seconds to wait for the others
 # A process from which nothing is heard for so long counts as dead. JAX sends the signs
@@ -51,8 +52,8 @@ class Place(NamedTuple):
 def define_flags(values: flags.FlagValues) -> None:
     """--coordinator, --processes, --process and --connect_seconds."""
     own = {"flag_values": values}
-    what = "HOST:PORT of process 0, where several processes meet; TPU pods, Slurm and "
-    what += "Open MPI need none of these flags"
+    what = "HOST:PORT of process 0, where several processes meet; TPU pods need none "
+    what += "of these flags, nor do Slurm and Open MPI 4 with a task for each GPU"
     flags.DEFINE_string("coordinator", None, what, **own)
     flags.DEFINE_integer("processes", None, "how many", lower_bound=1, **own)
     flags.DEFINE_integer("process", None, "which this is, from 0", lower_bound=0, **own)
@@ -91,10 +92,14 @@ def place(values: flags.FlagValues) -> Place | None:
 
 
 def _found(seconds: int) -> Place | None:
-    """What a TPU pod, Slurm or Open MPI says; nothing on a laptop or on a single VM."""
+    """What a TPU pod, Slurm or Open MPI says; nothing on a laptop or on a single VM.
+
+    Raises:
+      ValueError: there are several processes, but nothing says where they meet.
+    """
     only_cpu = jax.config.jax_platforms == "cpu"
     for cluster in ClusterEnv._cluster_types:
-        if cluster.opt_in_only_method or (only_cpu and "tpu" in cluster.name):
+        if cluster.name not in CLUSTERS or (only_cpu and "tpu" in cluster.name):
             continue
         if cluster.is_env_present():
             if cluster.get_process_count() == 1:
@@ -110,6 +115,13 @@ def _found(seconds: int) -> Place | None:
             return Place(
                 coordinator, cluster.get_process_count(), cluster.get_process_id()
             )
+    count = int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1))
+    if count > 1:  # each would train alone, in one workdir
+        raise ValueError(
+            f"mpirun started {count} processes, but JAX knows the way of Open MPI 4 to "
+            "say where they meet, no other; give --coordinator=HOST:PORT --processes=N "
+            "--process=I"
+        )
     return None
 
 
@@ -197,9 +209,10 @@ def gone(error: Exception) -> str:
     """One line for an error that only means that another process is gone, else ""."""
     text = " ".join(str(error).split())
     theirs = isinstance(error, RuntimeError) or re.match(r"[A-Z_]+: ", text)
+    text = text[:150]  # a dump of memory names much further on
     if not (several() and theirs and SILENT.search(text)):
         return ""
-    return f"another process is gone, see what it says ({text[:150]}). {AGAIN}"
+    return f"another process, or the network, is gone, see above ({text}). {AGAIN}"
 
 
 def hold() -> None:

@@ -121,10 +121,17 @@ def _used(heads: Tree) -> Tree:
 
 
 def seconds(records: Sequence[log.Record]) -> float:
-    """Of training, over all its starts, each of which counts from its own 0."""
-    times = [r["seconds"] for r in records if "seconds" in r]
-    ends = [a for a, b in zip(times, times[1:], strict=False) if b < a]
-    return sum(ends) + (times[-1] if times else 0.0)
+    """Of training, over all its starts, each of which counts from its own 0.
+
+    The first record of a start has no speed, for there is none before it.
+    """
+    known = [r for r in records if "seconds" in r]
+    ends = [
+        a["seconds"]
+        for a, b in zip(known, known[1:], strict=False)
+        if "images_per_second" not in b
+    ]
+    return sum(ends) + (known[-1]["seconds"] if known else 0.0)
 
 
 def sha256(path: str) -> str:

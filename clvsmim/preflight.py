@@ -92,7 +92,12 @@ def check_workdir(workdir: str, roll: Roll) -> Finding:
 def _unseen(path: epath.Path) -> bool:
     """Whether a file does not say its own name, even after some seconds of network."""
     until = time.monotonic() + PATIENCE
-    while _problem(path.read_text) or path.read_text() != path.name:
+
+    def says() -> None:
+        if path.read_text() != path.name:
+            raise ValueError("another text")
+
+    while _problem(says):
         if time.monotonic() > until:
             return True
         time.sleep(0.2)

@@ -1,5 +1,6 @@
 """Two real steps of a run, saved and restored, and what they say about the whole."""
 
+import collections
 import contextlib
 import hashlib
 import time
@@ -105,8 +106,10 @@ def too_large(program: build.Program, error: Exception) -> str:
     """What to do where the memory of a device is too small."""
     encoder = program.objective.encoder.spec
     ways = [] if encoder.remat else ["--config.encoder.remat=True"]
-    if program.mesh.shape["fsdp"] < program.mesh.size:
-        ways.append(f"--config.mesh.fsdp={program.mesh.size}")
+    devices = program.mesh.devices.flat
+    most = min(collections.Counter(map(meshes.slice_of, devices)).values())
+    if program.mesh.shape["fsdp"] < most:
+        ways.append(f"--config.mesh.fsdp={most}")
     first = str(error).strip().splitlines()[0][:200]
     return f"out of memory: {first}; try {', '.join([*ways, 'a smaller batch'])}"
 

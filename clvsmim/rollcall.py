@@ -257,10 +257,10 @@ def _join(
             link.send(me)
             # Process 0 may have started later, and waits as long from then on.
             return link, link.receive(time.monotonic() + seconds + 10)
-        except (ConnectionError, TimeoutError, socket.gaierror) as error:
+        except OSError as error:
             why = error.strerror or error
             time.sleep(0.1)
-        except (OSError, ValueError) as error:
+        except ValueError as error:  # it speaks, but not our language
             why = f"another program answers: {error}"
             until = 0.0
         if link:

@@ -154,7 +154,7 @@ def say(program: Program, settings: dict[str, Any], start: int, name: str) -> No
         who += (
             f" from {path}"
             if path
-            else " of an untrained encoder (no init.path, no init.zoo)"
+            else " of an untrained encoder (init.path or init.zoo would name one)"
         )
     print(f"{who}: {done} on {where}; {left}", file=sys.stderr, flush=True)
 
@@ -267,6 +267,8 @@ def loop(
                 xray.take(0, state.params, state.extra)
             if again:
                 assess(start)
+                if stop():
+                    end(start)
             for step in range(start + 1, program.total + 1):
                 asked = time.monotonic()
                 try:

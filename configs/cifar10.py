@@ -74,7 +74,7 @@ def get_config(variant: str = "moco_v3") -> ConfigDict:
     config.log = dict(every=20, save=970, keep=2, tensorboard=False)  # 10 epochs
     config.eval = dict(epochs=10.0 if method == "supervised" else 0.0, images=0)
     config.xray = dict(share=0.01, least=50, images=64)
-    config.init = dict(path="")
+    config.init = dict(path="", zoo="")
     return config
 
 

@@ -67,5 +67,5 @@ def get_config(size: str = "S") -> ConfigDict:
     config.log = dict(every=10, save=500, keep=2, tensorboard=False)
     config.eval = dict(epochs=10.0, images=0)
     config.xray = dict(share=0.01, least=50, images=64)
-    config.init = dict(path="")
+    config.init = dict(path="", zoo="")
     return config

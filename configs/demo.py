@@ -71,7 +71,7 @@ def get_config(name: str = "hybrid") -> ConfigDict:
     config.log = dict(every=5, save=30, keep=2, tensorboard=False)
     config.eval = dict(epochs=0.0, images=0)
     config.xray = dict(share=0.01, least=50, images=64)
-    config.init = dict(path="")
+    config.init = dict(path="", zoo="")
     return config
 
 

@@ -140,5 +140,5 @@ def get_config(variant: str = "B") -> ConfigDict:
     config.log = dict(every=20, save=1251, keep=2, tensorboard=False)
     config.eval = dict(epochs=0.0, images=0)
     config.xray = dict(share=0.01, least=50, images=64)
-    config.init = dict(path="")
+    config.init = dict(path="", zoo="")
     return config

@@ -166,7 +166,7 @@ def start_from(config: ConfigDict, run: str, encoder: dict) -> None:
         config.data = dict(
             source=dict(IMAGENET), workers=8, threads=1, prefetch=4, unreadable=100
         )
-    config.init = dict(path=run)
+    config.init = dict(path=run, zoo="")
 
 
 def classes(config: ConfigDict) -> int:

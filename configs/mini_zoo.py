@@ -94,7 +94,7 @@ def get_config(member: str = "moco_v3") -> ConfigDict:
     config.log = dict(every=10, save=100, keep=2, tensorboard=False)
     config.eval = dict(epochs=0.0, images=0)
     config.xray = dict(share=0.02, least=50, images=64)
-    config.init = dict(path="")
+    config.init = dict(path="", zoo="")
     return config
 
 

@@ -137,5 +137,5 @@ def get_config(variant: str = "B") -> ConfigDict:
     )  # an epoch between two checkpoints
     config.eval = dict(epochs=0.0, images=0)
     config.xray = dict(share=0.01, least=50, images=64)
-    config.init = dict(path="")
+    config.init = dict(path="", zoo="")
     return config

@@ -73,5 +73,5 @@ def get_config() -> ConfigDict:
     config.log = dict(every=10, save=640, keep=2, tensorboard=False)
     config.eval = dict(epochs=0.0, images=0)
     config.xray = dict(share=0.01, least=50, images=64)
-    config.init = dict(path="")
+    config.init = dict(path="", zoo="")
     return config

@@ -188,6 +188,23 @@ def test_under_slurm_the_processes_find_each_other(monkeypatch):
     assert hosts.place(parsed()) is None
 
 
+def test_processes_of_an_mpi_that_says_nothing_do_not_train_alone(monkeypatch):
+    """Open MPI 5 no longer sets what JAX looks for; all would take one workdir."""
+    monkeypatch.delenv("OMPI_MCA_orte_hnp_uri", raising=False)
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match="mpirun started 4 processes.*--coordinator"):
+        hosts.place(parsed())
+    by_hand = ["--coordinator=a:1", "--processes=4", "--process=2"]
+    assert hosts.place(parsed(*by_hand)) == ("a:1", 4, 2)
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "1")
+    assert hosts.place(parsed()) is None
+
+
+def test_in_a_kubernetes_pod_nobody_else_is_looked_for(monkeypatch):
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    assert hosts.place(parsed()) is None
+
+
 def test_on_a_tpu_pod_the_processes_find_each_other(monkeypatch):
     from jax._src.clusters import cloud_tpu_cluster
 
@@ -327,7 +344,9 @@ def test_when_one_is_killed_the_other_stops_and_says_why(victim):
     two[victim].kill()
     lines, status = said(two)
     assert status[victim] == -signal.SIGKILL and status[1 - victim] in (2, -6)
-    assert re.search("another (process|one) is gone", ours(lines[1 - victim])[-1])
+    assert re.search(
+        "another (process, or the network, is|one is) gone", ours(lines[1 - victim])[-1]
+    )
 
 
 @pytest.mark.slow

@@ -130,8 +130,10 @@ def test_the_untrained_encoder_is_what_the_members_start_from(member):
 
 
 def test_seconds_count_every_start():
-    times = [{"seconds": s} for s in (1.0, 5.0, 2.0, 3.5, 0.5)]
-    assert packed.seconds(times) == 5.0 + 3.5 + 0.5
+    first, later = {}, {"images_per_second": 9.0}
+    starts = [(1.0, first), (5.0, later), (7.0, first), (8.5, later), (0.5, first)]
+    times = [{"seconds": s, **more} for s, more in starts]
+    assert packed.seconds(times) == 5.0 + 8.5 + 0.5
     assert packed.seconds([]) == 0.0
 
 

@@ -138,7 +138,13 @@ class ShapeTexture:
 
 
 def make(
-    *, split: str, length: int, side: int, label: str, seed: int = 0
+    *,
+    split: str,
+    length: int,
+    side: int,
+    label: str,
+    seed: int = 0,
+    test_length: int = 0,
 ) -> ShapeTexture:
     """Drawings with a shape and a texture; 36 items in a row hold every pair once.
 
@@ -149,11 +155,14 @@ def make(
       label: "shape" or "texture", which of the two is `label`. Both are always there
         as `shape_label` and `texture_label`.
       seed: of everything that is drawn.
+      test_length: of the split "test", where it is not that of both (0).
     """
     if split not in ("train", "test"):
         raise ValueError(f"unknown split {split!r}, expected one of: train, test")
     if label not in LABELS:
         raise ValueError(f"unknown label {label!r}, expected one of: shape, texture")
+    if split == "test" and test_length:
+        length = test_length
     if length < 1 or side < 8:
         raise ValueError(f"length {length} must be at least 1, side {side} at least 8")
     return ShapeTexture(split, length, side, label, seed)

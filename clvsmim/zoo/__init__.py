@@ -12,7 +12,6 @@ docs/mini-zoo.md. To make one again, train its config and pack the run:
 """
 
 import dataclasses
-import sys
 import tempfile
 from collections.abc import Sequence
 from typing import Any
@@ -125,7 +124,3 @@ def row(name: str) -> tuple[str, ...]:
         f"{size / 1000:.0f}",
         "intact" if intact else "DAMAGED",
     )
-
-
-if __name__ == "__main__":
-    cli.run(sys.modules["__main__"])
