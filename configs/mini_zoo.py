@@ -71,7 +71,7 @@ def get_config(member: str = "moco_v3") -> ConfigDict:
         methods = dict(moco_v3=moco_v3, simmim=simmim, mae=mae, supervised=labels)
         config.objective = methods[name]()
     config.data = dict(
-        source=dict(name="photos", length=CROPS, side=48),
+        source=dict(name="photos", length=CROPS, side=48, selection=False),
         workers=0,
         threads=1,
         prefetch=2,
