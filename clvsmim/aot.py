@@ -219,6 +219,7 @@ def training(config: ConfigDict, place: Place, change: str) -> Report:
         parameters=(build.count(state.params["encoder"]), build.count(state.params)),
         held=held,
         work=work.step if work else None,
+        steps=program.total,
     )
 
 

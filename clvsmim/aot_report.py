@@ -13,6 +13,7 @@ from clvsmim import hlo, roofline
 
 Tree = Any
 Report = dict[str, Any]
+UTILISATION = 0.4  # of the peak: an assumption, stated wherever it is used
 
 
 class Place(NamedTuple):
@@ -43,13 +44,14 @@ def report(
     parameters: tuple[int, int],
     held: dict[str, int],
     work: float | None,
+    steps: int | None = None,
     passes: int = 1,
 ) -> Report:
     """Compile, and everything that is known of the result, as plain numbers.
 
     Bytes, operations and seconds are of one device and one step. `held` is what
     the program is given, without the padding of tiles. `work` is in operations per
-    image.
+    image; `steps` are those of a whole training.
     """
     devices = mesh.size
     told = f" with {change}" if change else ""
@@ -68,6 +70,7 @@ def report(
         "change": change,
         "mesh": dict(mesh.shape),
         "batch": batch,
+        "steps": steps,
         "parameters": {"encoder": parameters[0], "all": parameters[1]},
         "compile_seconds": round(time.monotonic() - begun, 1),
         "fits": compiled is not None,
@@ -107,6 +110,7 @@ def report(
         "loops": list(summary.loops),
         "collectives": tabled(summary.collectives),
         "roofline": times and bounded(times, batch),
+        "hours": times and steps and hours(times, steps),
     }
 
 
@@ -175,6 +179,16 @@ def bounded(times: dict[str, float], batch: int) -> dict[str, Any]:
     binds, least = roofline.bound(times)
     speed = batch / least
     return {**times, "binds": binds, "seconds": least, "images_per_second": speed}
+
+
+def hours(times: dict[str, float], steps: int) -> dict[str, float]:
+    """Of a whole training: at the roofline, and with `UTILISATION` of the peak.
+
+    The latter counts all that is not products of matrices as waiting.
+    """
+    _, least = roofline.bound(times)
+    usual = max(least, times["compute"] / UTILISATION)
+    return {"roofline": steps * least / 3600, "usual": steps * usual / 3600}
 
 
 def nbytes(tree: Tree) -> int:

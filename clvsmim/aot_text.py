@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from clvsmim.aot_report import UTILISATION
+
 Report = dict[str, Any]
 GiB = 2**30
 
@@ -9,7 +11,7 @@ COLUMNS = (
     *("recipe", "step", "topology", "devices", "mesh", "images per device"),
     *("GiB of HBM", "TFLOP (by hand / compiler)", "GB through HBM"),
     *("collectives: number, MB", "roofline, bound by", "images/s at that"),
-    "compiled in",
+    *(f"hours of the run: at that, at {UTILISATION:.0%} of the peak", "compiled in"),
 )
 HEAD = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
 
@@ -34,6 +36,7 @@ def row(report: Report) -> str:
         _kinds(report),
         least,
         speed,
+        _hours(report),
         f"{report['compile_seconds']:.0f} s",
     )
     return f"| {' | '.join(cells)} |"
@@ -82,6 +85,9 @@ def block(report: Report) -> str:
         text = f"{one['kind']}{over}: {number} {one['origin']}, {size}"
         lines += [_line("", text)]
     lines += [_line("roofline", _bound(report))]
+    if report["hours"]:
+        about = f"{report['steps']:,} steps: {_hours(report)} hours; the latter at "
+        lines += [_line("whole run", f"{about}{UTILISATION:.0%} of the peak")]
     return "\n".join([*lines, _line("compiled in", _seconds(report)), ""])
 
 
@@ -159,6 +165,11 @@ def _bound(report: Report) -> str:
         f"{1e3 * times['seconds']:.2f} ms a step by data sheets: {times['binds']} "
         f"binds ({each}){_once(report)}; {speed} images/s at that"
     )
+
+
+def _hours(report: Report) -> str:
+    found = report.get("hours")
+    return f"{found['roofline']:.2g}, {found['usual']:.2g}" if found else ""
 
 
 def _number(x: float) -> str:

@@ -350,6 +350,15 @@ def test_the_roofline_by_hand():
         )
 
 
+def test_hours_of_a_training_by_hand():
+    times = {"compute": 0.1, "memory": 0.2, "interconnect": 0.0, "network": 0.0}
+    found = aot_report.hours(times, steps=36_000)
+    assert found == {"roofline": pytest.approx(2.0), "usual": pytest.approx(2.5)}
+    times["memory"] = 0.3  # more than what the products take at that utilisation
+    found = aot_report.hours(times, steps=36_000)
+    assert found == {"roofline": pytest.approx(3.0), "usual": pytest.approx(3.0)}
+
+
 REPORT = {
     "recipe": "mae.py:H",
     "topology": "v5e:4x4",

@@ -7,7 +7,18 @@ import numpy as np
 import pytest
 import runs
 
-from clvsmim import analyze, build, checkpoint, log, packed, timeline, train, tree, zoo
+from clvsmim import (
+    analyze,
+    build,
+    checkpoint,
+    log,
+    meta,
+    packed,
+    timeline,
+    train,
+    tree,
+    zoo,
+)
 from clvsmim.configs import demo_labels, mini_zoo
 from clvsmim.measure import Settings
 
@@ -135,6 +146,53 @@ def test_seconds_count_every_start():
     times = [{"seconds": s, **more} for s, more in starts]
     assert packed.seconds(times) == 5.0 + 8.5 + 0.5
     assert packed.seconds([]) == 0.0
+
+
+class Enough(Exception):
+    pass
+
+
+def start_of(member, steps, folder, monkeypatch):
+    """Train the recipe of a shipped member for its first steps; their records."""
+    about = meta.read_meta(packed.ZOO / member)
+    theirs = about["config"]
+    method, lam = theirs["objective"]["name"], theirs["objective"].get("lam")
+    method = {"hybrid": f"hybrid_{lam}", "classify": "supervised"}.get(method, method)
+    config = mini_zoo.get_config(f"{method},{theirs['seed']}")
+    meta.check_same(member, theirs, build.plain(config))
+    write = log.JsonlLog.write
+
+    def enough(self, record):
+        write(self, record)
+        if record["step"] >= steps and "loss" in record:
+            raise Enough
+
+    monkeypatch.setattr(log.JsonlLog, "write", enough)
+    with pytest.raises(Enough):
+        train.train(config, str(folder / member))
+    return [r for r in log.read(f"{folder}/{member}/log.jsonl") if "loss" in r]
+
+
+def agrees(member, steps, folder, monkeypatch):
+    logs = log.read(packed.ZOO / member / "log.jsonl")
+    want = [r["loss"] for r in logs if "loss" in r and r["step"] <= steps]
+    got = [r["loss"] for r in start_of(member, steps, folder, monkeypatch)]
+    assert len(want) == steps // 10
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+TRAINED = [n for n in packed.names() if not n.endswith("_untrained")]
+
+
+@pytest.mark.skipif("mini_simmim" not in TRAINED, reason="the zoo is not installed")
+def test_a_member_is_what_its_recipe_makes(tmp_path, monkeypatch):
+    agrees("mini_simmim", 10, tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("member", TRAINED)
+def test_every_member_is_what_its_recipe_makes(member, tmp_path, monkeypatch):
+    agrees(member, 50, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("method", mini_zoo.STEPS)
