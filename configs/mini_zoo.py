@@ -27,6 +27,7 @@ STEPS = {
     "supervised": 3000,
 }
 VARIANTS = tuple(STEPS)
+RATES = {"mim": 3e-3, "cl": 1e-3}  # chosen on selection images
 CROPS = 16384  # that an epoch consists of
 
 
@@ -87,7 +88,10 @@ def get_config(member: str = "moco_v3") -> ConfigDict:
         no_decay=(r".*/(bias|scale)", "encoder/cls_token"),
         frozen=("encoder/pos_embed",),
         schedule=dict(
-            name="cosine", base=1e-3, minimum=0.0, warmup_epochs=config.epochs / 20
+            name="cosine",
+            base=RATES["mim" if method in ("simmim", "mae") else "cl"],
+            minimum=0.0,
+            warmup_epochs=config.epochs / 20,
         ),
     )
     config.mesh = dict(fsdp=1)
