@@ -245,9 +245,10 @@ def plane(points: Sequence[tuple]) -> np.ndarray:
         axes.errorbar(x, y, xerr=dx, yerr=dy, fmt="none", color=canvas.GREY, lw=0.8)
         shades = axes.scatter(x, y, c=[p[0] for p in points], cmap="viridis", zorder=3)
         for (lam, *_), place in zip(points, zip(x, y, strict=True), strict=True):
-            axes.annotate(
+            text = axes.annotate(
                 f"λ = {lam:g}", place, xytext=(5, 5), textcoords="offset points"
             )
+            text.set_path_effects(canvas.OUTLINE)  # the points may lie close together
         figure.colorbar(shades, label="λ, the weight of contrastive learning")
         axes.set(xlabel="linear probe accuracy (%)", ylabel="fine-tuning accuracy (%)")
         axes.margins(0.15)

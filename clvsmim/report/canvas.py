@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
@@ -26,6 +27,7 @@ WIDE = (4.6, 3.3)
 SMALL = (2.4, 2.2)
 DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1, 1, 1)))
 GREY = "#57606A"
+OUTLINE = [withStroke(linewidth=3, foreground="white")]  # of text that lies on lines
 
 
 @contextlib.contextmanager
