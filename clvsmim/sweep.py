@@ -243,7 +243,8 @@ def plane(points: Sequence[tuple]) -> np.ndarray:
         )
         axes.plot(x, y, color=canvas.GREY, lw=0.8, zorder=1)
         axes.errorbar(x, y, xerr=dx, yerr=dy, fmt="none", color=canvas.GREY, lw=0.8)
-        shades = axes.scatter(x, y, c=[p[0] for p in points], cmap="viridis", zorder=3)
+        look = {"cmap": "viridis", "edgecolors": canvas.GREY, "zorder": 4}
+        shades = axes.scatter(x, y, c=[p[0] for p in points], **look)
         for (lam, *_), place in zip(points, zip(x, y, strict=True), strict=True):
             text = axes.annotate(
                 f"λ = {lam:g}", place, xytext=(5, 5), textcoords="offset points"
