@@ -48,7 +48,8 @@ def encode(spec: Spec, tokens: float | None = None) -> float:
         spec.tokens if tokens is None else tokens,
         width=spec.width,
         depth=spec.depth,
-        mlp_ratio=spec.mlp_ratio,
+        # SwiGLU has three products of the hidden width, not two.
+        mlp_ratio=spec.mlp_ratio * (1.5 if spec.mlp == "swiglu" else 1.0),
     )
 
 

@@ -6,6 +6,7 @@ public steps are `embed -> place -> encode`: SimMIM puts its mask token between 
 first two, MAE drops tokens after the second and has a `Decoder` of the same blocks.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,15 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from clvsmim.heads import BatchNorm
 from clvsmim.inits import (
-    fan_in_uniform,
     initializers,
     position_init,
     relative_bias,
     relative_shape,
     sincos_table,
 )
+from clvsmim.layers import Block, ConvStem, PatchEmbed, layer_norm
 
 SIZES = {
     "Ti": {"width": 192, "depth": 12, "heads": 3},
@@ -40,6 +40,7 @@ CHOICES = {
     "position": ("none", "learned", "moco_sincos", "mae_sincos"),
     "relative": ("none", "shared", "per_block"),
     "qkv_bias": ("none", "qv", "qkv"),
+    "mlp": ("gelu", "gelu_tanh", "swiglu"),
     "init": ("moco_v3", "simmim", "mae", "timm"),
     "dtype": ("float32", "bfloat16"),
 }
@@ -67,6 +68,9 @@ class Spec:
       mlp_ratio: hidden width of the MLP over D.
       scan: compile one block and loop over it wherever taps are not asked for. The
         parameters stay block_0, block_1 ... and are stacked on the way in.
+      mlp: "gelu" (exact), "gelu_tanh" (its approximation, Google's ViTs) or "swiglu"
+        (DINOv2's giant; its hidden width is mlp_ratio x D too).
+      norm_eps: epsilon of the LayerNorms; some libraries have 1e-12.
     """
 
     width: int
@@ -87,6 +91,8 @@ class Spec:
     remat: bool
     mlp_ratio: float = 4.0
     scan: bool = False
+    mlp: str = "gelu"
+    norm_eps: float = 1e-6
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -125,7 +131,7 @@ class ViT(nn.Module):
             self.rel_table = self.param("rel_table", zeros, relative_shape(spec))
         self.block = blocks(spec)  # block_0, block_1 ...
         if spec.final_norm:
-            self.ln_final = layer_norm()
+            self.ln_final = layer_norm(epsilon=spec.norm_eps)
 
     def embed(self, images: jax.Array, train: bool = False) -> jax.Array:
         """(B, rows, columns, 3) normalised images -> patch embeddings (B, N, D)."""
@@ -239,7 +245,7 @@ class Decoder(nn.Module):
         linear = {"kernel_init": initializers(spec)["linear"], "dtype": spec.dtype}
         self.proj = nn.Dense(spec.width, **linear)
         self.block = blocks(spec)
-        self.ln_final = layer_norm()
+        self.ln_final = layer_norm(epsilon=spec.norm_eps)
         self.pixels = nn.Dense(3 * spec.patch**2, **linear)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
@@ -269,14 +275,32 @@ class Decoder(nn.Module):
         return self.predict(self.decode(self.embed(tokens))[0])
 
 
-def blocks(spec: Spec) -> list["Block"]:
+def decoder_spec(encoder: Spec, *, width: int, depth: int, heads: int) -> Spec:
+    """That of the decoder's blocks behind an encoder, whatever its own variant."""
+    return dataclasses.replace(
+        encoder,
+        width=width,
+        depth=depth,
+        heads=heads,
+        position="mae_sincos",
+        layer_scale=0.0,
+        qkv_bias="qkv",
+        drop_path=0.0,
+        final_norm=True,
+        init="mae",
+        mlp="gelu",
+        mlp_ratio=4.0,
+    )
+
+
+def blocks(spec: Spec) -> list[Block]:
     """The blocks of a network, for its `setup`."""
     block = nn.remat(Block) if spec.remat else Block
     return [block(spec, i) for i in range(spec.depth)]
 
 
 def through(
-    blocks: Sequence["Block"],
+    blocks: Sequence[Block],
     x: jax.Array,
     bias: jax.Array | None,
     key: jax.Array | None,
@@ -309,7 +333,7 @@ def through(
 
 
 def scanned(
-    blocks: Sequence["Block"],
+    blocks: Sequence[Block],
     x: jax.Array,
     bias: jax.Array | None,
     keys: jax.Array | None,
@@ -337,166 +361,6 @@ def scanned(
     one = jax.checkpoint(one, prevent_cse=False, policy=policy)
     parts = (stacked, keys, np.asarray(kept, np.float32))
     return jax.lax.scan(one, x, parts)[0]
-
-
-class Block(nn.Module):
-    """x += attention(LN(x)); x += MLP(LN(x)); returns every tap by name."""
-
-    spec: Spec
-    index: int
-
-    @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        bias: jax.Array | None,
-        key: jax.Array | None,
-        keep: float | jax.Array,
-    ) -> dict[str, jax.Array]:
-        keys = (None, None) if key is None else jax.random.split(key)
-        out, attention, heads = Attention(self.spec, self.index, name="attn")(
-            layer_norm("ln1")(x), bias
-        )
-        attn = x + drop_path(self.scale("gamma_1", out), keep, keys[0])
-        out = MLP(self.spec, self.index, name="mlp")(layer_norm("ln2")(attn))
-        mlp = attn + drop_path(self.scale("gamma_2", out), keep, keys[1])
-        return {
-            "attn": attn,
-            "mlp": mlp,
-            "attention": attention,
-            "head_outputs": heads,
-        }
-
-    def scale(self, name: str, branch: jax.Array) -> jax.Array:
-        if not self.spec.layer_scale:
-            return branch
-        init = nn.initializers.constant(self.spec.layer_scale)
-        gamma = self.param(name, init, (self.spec.width,))
-        return branch * gamma.reshape(1, 1, -1).astype(branch.dtype)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention that returns its probabilities and head outputs."""
-
-    spec: Spec
-    index: int
-
-    @nn.compact
-    def __call__(
-        self, x: jax.Array, bias: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        spec, inits = self.spec, initializers(self.spec, self.index)
-        if spec.relative == "per_block":
-            zeros = nn.initializers.zeros
-            table = self.param("rel_table", zeros, relative_shape(spec))
-            bias = relative_bias(table, spec)
-        q, k, v = (
-            nn.DenseGeneral(
-                (spec.heads, spec.width // spec.heads),
-                use_bias=name in spec.qkv_bias,
-                kernel_init=inits["qkv"],
-                dtype=spec.dtype,
-                name=name,
-            )(x)  # (B, T, D) -> (B, T, H, d)
-            for name in "qkv"
-        )
-        q = q * (spec.width // spec.heads) ** -0.5
-        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
-        if bias is not None:
-            logits = logits + bias[None]
-        attention = jax.nn.softmax(logits)
-        heads = jnp.einsum("bhqk,bkhd->bhqd", attention.astype(v.dtype), v)
-        out = nn.DenseGeneral(
-            spec.width,
-            axis=(-2, -1),
-            kernel_init=inits["residual"],
-            dtype=spec.dtype,
-            name="out",
-        )(heads.swapaxes(1, 2))  # (B, H, T, d) -> (B, T, H, d) -> (B, T, D)
-        return out, attention, heads
-
-
-class MLP(nn.Module):
-    """Linear D -> 4D, exact (erf) GELU, linear 4D -> D."""
-
-    spec: Spec
-    index: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        spec, inits = self.spec, initializers(self.spec, self.index)
-        hidden = round(spec.mlp_ratio * spec.width)
-        fc1 = nn.Dense(
-            hidden, kernel_init=inits["linear"], dtype=spec.dtype, name="fc1"
-        )
-        fc2 = nn.Dense(
-            spec.width, kernel_init=inits["residual"], dtype=spec.dtype, name="fc2"
-        )
-        return fc2(nn.gelu(fc1(x), approximate=False))
-
-
-class PatchEmbed(nn.Module):
-    """One linear map of each patch: the P x P stride-P convolution as a product."""
-
-    spec: Spec
-
-    @nn.compact
-    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-        spec, inits = self.spec, initializers(self.spec)
-        (rows, columns), p = spec.grid, spec.patch
-        kernel = self.param("kernel", inits["patch"], (p, p, 3, spec.width))
-        bias = self.param("bias", inits["patch_bias"], (spec.width,))
-        x = images.astype(spec.dtype).reshape(-1, rows, p, columns, p, 3)
-        x = x.swapaxes(2, 3).reshape(-1, rows * columns, p * p * 3)  # (B, N, 3PP)
-        x = x @ kernel.reshape(-1, spec.width).astype(spec.dtype)
-        return x + bias.reshape(1, 1, -1).astype(spec.dtype)
-
-
-class ConvStem(nn.Module):
-    """log2(P) x [3x3 stride-2 convolution, BatchNorm, ReLU], then 1x1 (MoCo v3)."""
-
-    spec: Spec
-
-    @nn.compact
-    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-        spec, x = self.spec, images.astype(self.spec.dtype)
-        count = int(math.log2(spec.patch))
-        for i in range(count):
-            x = nn.Conv(
-                spec.width >> (count - 1 - i),  # D/8, D/4, D/2, D for P = 16
-                (3, 3),
-                strides=2,
-                padding=1,
-                use_bias=False,
-                kernel_init=fan_in_uniform(9 * x.shape[-1]),
-                dtype=spec.dtype,
-                name=f"conv_{i}",
-            )(x)
-            x = nn.relu(BatchNorm(name=f"bn_{i}")(x, train))
-        init = fan_in_uniform(spec.width)
-        proj = nn.Dense(
-            spec.width, kernel_init=init, bias_init=init, dtype=spec.dtype, name="proj"
-        )
-        return proj(
-            x.reshape(x.shape[0], -1, spec.width)
-        )  # (B, rows, cols, D) -> (B, N, D)
-
-
-def layer_norm(name: str | None = None) -> nn.LayerNorm:
-    """Epsilon 1e-6, float32, two-pass variance."""
-    return nn.LayerNorm(
-        epsilon=1e-6, dtype=jnp.float32, use_fast_variance=False, name=name
-    )
-
-
-def drop_path(
-    branch: jax.Array, keep: float | jax.Array, key: jax.Array | None
-) -> jax.Array:
-    """Keep a whole branch per sample with probability `keep`, rescale the kept."""
-    if key is None:
-        return branch
-    mask = jax.random.bernoulli(key, keep, (branch.shape[0], 1, 1))
-    return branch * (mask / keep).astype(branch.dtype)
 
 
 def shard_batch(x: jax.Array) -> jax.Array:

@@ -39,6 +39,7 @@ LAYERS = {
     "views": 0,
     "masks": 0,
     "inits": 0,
+    "layers": 0,
     "vit": 0,
     "heads": 0,
     "mixing": 0,
@@ -52,6 +53,7 @@ LAYERS = {
     "meta": 1,
     "packed": 1,
     "transfer": 1,
+    "foreign": 1,
     "formats": 1,
     "report": 1,
     "log": 1,
@@ -68,6 +70,7 @@ LAYERS = {
     "xray": 4,
     "timeline": 4,
     "claims": 4,
+    "trained": 4,
     "analyze": 4,
     "compare": 4,
     "merge": 4,
@@ -75,6 +78,8 @@ LAYERS = {
     "inspect_data": 4,
     "convert_data": 4,
     "convert": 4,
+    "handover": 4,
+    "replay": 4,
     "aot": 4,
     "aot_report": 4,
     "aot_text": 4,
@@ -96,6 +101,7 @@ PLAIN = {"jax", "numpy"}
 # What else a room below the commands may import, apart from the standard library.
 OTHERS = {
     "vit": {"flax"},
+    "layers": {"flax"},
     "heads": {"flax"},
     "data": {"PIL", "grain", "absl", "tensorflow_datasets", "etils"},
     "optim": {"optax"},
@@ -103,7 +109,9 @@ OTHERS = {
     "files": {"etils"},
     "meta": {"etils"},
     "packed": {"etils"},
-    "formats": {"safetensors", "torch"},
+    "foreign": {"etils"},
+    "formats": {"PIL", "etils", "google", "ml_dtypes", "onnx"}
+    | {"safetensors", "scipy", "torch"},
     "report": {"matplotlib", "jinja2", "PIL", "etils"},
     "log": {"clu", "etils", "tqdm"},
     "step": {"optax"},
@@ -183,7 +191,7 @@ def users(package):
 
 
 def test_law_only_the_network_rooms_know_flax():
-    assert users("flax") == {"vit", "heads"}
+    assert users("flax") == {"vit", "layers", "heads"}
 
 
 def test_law_only_build_and_the_commands_see_a_config():

@@ -9,7 +9,7 @@ import originals
 import pytest
 from models import MOCO, SIMMIM, TINY, close, tiny
 
-from clvsmim import inits, tree, vit
+from clvsmim import inits, layers, tree, vit
 
 
 @pytest.mark.parametrize(
@@ -213,11 +213,11 @@ def test_initial_values_have_the_published_distribution(family):
 
 def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     x = jnp.ones((20_000, 1, 2))
-    out = np.asarray(vit.drop_path(x, 0.75, jax.random.key(0)))
+    out = np.asarray(layers.drop_path(x, 0.75, jax.random.key(0)))
     assert set(np.unique(out)) == {0.0, np.float32(1 / 0.75)}
     assert (out[:, 0, 0] == out[:, 0, 1]).all()
     assert abs(out.mean() - 1) < 3 * (0.25 / 0.75 / 20_000) ** 0.5
-    assert vit.drop_path(x, 0.75, None) is x
+    assert layers.drop_path(x, 0.75, None) is x
 
 
 def test_drop_path_grows_linearly_and_never_touches_block_0():

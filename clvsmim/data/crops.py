@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import pathlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -83,18 +84,24 @@ class CenterCrop:
     Attributes:
       name: as in `RandomResizedCrop`; nothing is random here.
       size: (height, width) of the result, at most `resize`.
-      resize: length of the shorter side before the cut.
+      resize: length of the shorter side before the cut; or (height, width) of the whole
+        image, whose aspect is then lost.
       filter: "bilinear" or "bicubic", both antialiased.
+      floor: where the margins differ by a pixel the first is the smaller one, as in
+        Hugging Face's processors; without it that depends, as in torchvision.
     """
 
     name: str
     size: tuple[int, int]
-    resize: int
+    resize: int | tuple[int, int]
     filter: str
+    floor: bool = False
 
     def __post_init__(self) -> None:
         _check_filter(self.filter)
-        if max(self.size) > self.resize:
+        both = isinstance(self.resize, Sequence)
+        sides = tuple(self.resize) if both else (self.resize,) * 2
+        if any(a > b for a, b in zip(self.size, sides, strict=True)):
             raise ValueError(
                 f"cannot cut {self.size} from an image resized to {self.resize}; "
                 "resize must be at least as large as the crop"
@@ -104,16 +111,22 @@ class CenterCrop:
         self, image: Image.Image, generator: np.random.Generator | None = None
     ) -> np.ndarray:
         del generator
-        width, height = image.size
-        scale = self.resize / min(width, height)
-        # The longer side is truncated, not rounded, as in torchvision.
-        long = int(self.resize * max(width, height) / min(width, height))
-        wide = (self.resize, long) if width < height else (long, self.resize)
-        if scale != 1.0:
+        wide = self._resized(image.size)
+        if wide != image.size:
             image = image.resize(wide, FILTERS[self.filter])
-        left, upper = (round((wide[i] - self.size[1 - i]) / 2) for i in range(2))
+        half = math.floor if self.floor else round  # `round` takes 1.5 and 2.5 to 2
+        left, upper = (half((wide[i] - self.size[1 - i]) / 2) for i in range(2))
         image = image.crop((left, upper, left + self.size[1], upper + self.size[0]))
         return to_array(image)
+
+    def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(width, height) before the cut, of an image of such a `size`."""
+        if isinstance(self.resize, Sequence):
+            return self.resize[1], self.resize[0]
+        width, height = size
+        # The longer side is truncated, not rounded, as in torchvision.
+        long = int(self.resize * max(width, height) / min(width, height))
+        return (self.resize, long) if width < height else (long, self.resize)
 
 
 def random_box(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from clvsmim import flops, masks, plugin, views
 from clvsmim.objectives import Objective, Tree, apply, fold, init_encoder, random_crop
-from clvsmim.vit import Decoder, Spec, ViT
+from clvsmim.vit import Decoder, Spec, ViT, decoder_spec
 
 NAME = "mae"
 ORDER = "dyxc"  # of the values of a patch
@@ -87,20 +87,7 @@ def make_decoder(*, encoder: ViT, width: int, depth: int, heads: int) -> Decoder
             f"decoder.width={width}, decoder.depth={depth}, decoder.heads={heads}: use "
             ">= 1, and a width that divides by the heads and by 4 (sin-cos positions)"
         )
-    spec = dataclasses.replace(
-        encoder.spec,
-        width=width,
-        depth=depth,
-        heads=heads,
-        position="mae_sincos",
-        layer_scale=0.0,
-        qkv_bias="qkv",
-        drop_path=0.0,
-        final_norm=True,
-        init="mae",
-        mlp_ratio=4.0,
-    )
-    return Decoder(spec)
+    return Decoder(decoder_spec(encoder.spec, width=width, depth=depth, heads=heads))
 
 
 def prepare(view: Any, mask: Any, key: jax.Array, batch: dict, *, train: bool) -> dict:

@@ -1,0 +1,74 @@
+"""config.json, as Hugging Face and timm put it beside their weights."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from clvsmim import plugin
+from clvsmim.formats._evaluation import IMAGENET
+from clvsmim.formats._family import Family
+from clvsmim.formats._spec import ACTIVATIONS
+
+# What is read of it, and of which kind.
+COUNTS = ("num_attention_heads", "decoder_num_attention_heads")
+NUMBERS = ("layer_norm_eps", "layer_scale_init_value", "layerscale_value")
+
+
+def check_about(about: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The same, if what is read of it can be used.
+
+    Raises:
+      ValueError: a value of another kind, or an activation that is not ours.
+    """
+    for key, good in (
+        *((key, _count) for key in COUNTS),
+        *((key, _number) for key in NUMBERS),
+        ("image_size", _size),
+        ("pretrained_cfg", _pretrained),
+    ):
+        if key in about and not good(about[key]):
+            raise ValueError(f"config.json has {key}={about[key]!r}, which cannot be")
+    if "hidden_act" in about and str(about["hidden_act"]) not in ACTIVATIONS:
+        got = str(about["hidden_act"])
+        raise ValueError(plugin.unknown("activation in config.json", got, ACTIVATIONS))
+    return about
+
+
+def _number(x: Any) -> bool:
+    return isinstance(x, int | float) and x >= 0
+
+
+def _count(x: Any) -> bool:
+    return isinstance(x, int) and 0 < x < 10000
+
+
+def _size(x: Any) -> bool:
+    return _count(x) or (
+        isinstance(x, list | tuple) and len(x) == 2 and all(map(_count, x))
+    )
+
+
+def _pretrained(x: Any) -> bool:
+    if not isinstance(x, dict):
+        return False
+    colours = [x[key] for key in ("mean", "std") if key in x]
+    return all(
+        isinstance(c, list | tuple) and len(c) == 3 and all(map(_number, c))
+        for c in colours
+    )
+
+
+def colour_of(family: Family, about: Mapping[str, Any]) -> dict[str, tuple]:
+    """Mean and std of the input: by config.json of timm, else the family's."""
+    said = about.get("pretrained_cfg", {})
+    own = family.evaluation.colour if family.evaluation else IMAGENET
+    return {k: tuple(said.get(k, own[k])) for k in ("mean", "std")}
+
+
+def read_about(text: str) -> dict[str, Any]:
+    """config.json, or {} where it is no JSON object."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
