@@ -22,12 +22,14 @@ CORE = [
     "jinja2",
     "matplotlib>=3.7",  # legends outside the axes
     "ml-collections",
+    "ml_dtypes",  # bfloat16 in files
     "numpy>=2.0",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12",
     "pillow",
     "scikit-image",  # carries the photographs of the demo
     "scikit-learn>=1.5",  # t-SNE, whose `n_iter` became `max_iter` in 1.5
+    "scipy",  # splines, to resize tables of relative positions
     "tensorflow-datasets>=4.9.7",
     "tqdm",
 ]
@@ -41,6 +43,17 @@ TEST = [
     "pytest-xdist",
 ]
 
+# Whose files and numbers the tests compare ours with; nothing else imports them. The
+# versions are those that were compared.
+PEERS = [
+    "huggingface-hub",
+    "onnx",
+    "safetensors",
+    "timm>=1.0.20",
+    "torch==2.13.0",
+    "transformers>=5.0",
+]
+
 EXTRAS = {
     "tpu": ["jax[tpu]", "etils[epath-gcs]"],  # gs:// paths
     "aot": ["libtpu"],  # the TPU compiler, where there is no TPU
@@ -48,9 +61,12 @@ EXTRAS = {
     "cuda12": ["jax[cuda12]"],
     "tensorboard": ["tensorboard", "tensorflow"],  # clu's writer needs both
     "tf": ["tensorflow"],  # to prepare data sets; training never imports it
-    "convert": ["safetensors", "torch"],  # to read .safetensors and .pth files
+    # .onnx files and Hugging Face's hub; all other checkpoints are read and written
+    # without their libraries.
+    "convert": ["huggingface-hub", "onnx", "protobuf"],
+    "peers": PEERS,
     "test": TEST,
-    "dev": [*TEST, "ruff>=0.9"],
+    "dev": [*TEST, *PEERS, "ruff>=0.9"],
 }
 
 setup(

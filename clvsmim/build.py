@@ -184,8 +184,9 @@ def xray_section(*, share: float, least: int, images: int) -> None:
 
 
 def init_section(*, path: str = "", zoo: str = "") -> str:
-    """The keys of the section `init`: the workdir whose encoder to start from, or the
-    member of the mini zoo. Returns the run, "" for none."""
+    """The keys of the section `init`: the workdir whose encoder to start from, or a
+    checkpoint file of another library; or the member of the mini zoo. Returns the run,
+    "" for none."""
     if path and zoo:
         raise ValueError(f"init.path={path!r} and init.zoo={zoo!r}: use one of them")
     return f"zoo:{zoo}" if zoo else path

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict, config_flags
 from clvsmim import plugin
 
 VERBS = {
+    "convert": "open a checkpoint of another library, or write one for it",
     "convert-data": "rewrite TFRecord files or a folder of images as ArrayRecord",
     "inspect-data": "show what a config will train on, and how fast it can be read",
     "doctor": "check machine, hosts, folder and data before a long run",

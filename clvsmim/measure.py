@@ -100,14 +100,20 @@ def make_parts(
     size: tuple[int, int],
     settings: Settings,
     metrics: dict[str, Metric],
+    view: HostView | None = None,
 ) -> dict[str, Part]:
     """The parts that the metrics read, in the order in which they are measured.
+
+    Args:
+      view: how images are prepared, if not as `eval_view` does; the part "views" has
+        its own crops.
 
     Raises:
       ValueError: too few images, or probes that would learn from what they measure.
     """
     measured = make_source(settings.split)
-    whole = Part(measured, eval_view(size), settings.images, settings.skip)
+    view = view or eval_view(size)
+    whole = Part(measured, view, settings.images, settings.skip)
     learning = analysis.reading(metrics, "train")
     least = analysis.unit(analysis.reading(metrics, "test"))
     if whole.count < least:
@@ -125,7 +131,7 @@ def make_parts(
     parts = {"test": whole}  # also if no metric reads it: its images are counted
     if learning:
         images = make_source("train")
-        parts["train"] = Part(images, eval_view(size), settings.train_images)
+        parts["train"] = Part(images, view, settings.train_images)
     seeing = analysis.reading(metrics, "views")
     if seeing:
         copies = analysis.unit(seeing)

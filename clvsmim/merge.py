@@ -56,7 +56,7 @@ def merge(folders: Sequence[str], out: str) -> None:
         series += [continued(s, decoder.stamp["behind"]) for s in more]
     meta.check_writable(out, "--out")
     found = analysis.read_series(first)
-    about = {k: found[k] for k in ("config", "workdir", "step")}
+    about = {k: found[k] for k in ("config", "workdir", "step", "file") if k in found}
     pictures = epath.Path(first) / "pictures.npz"
     if pictures.exists():
         files.write_whole(f"{out}/pictures.npz", pictures.read_bytes())

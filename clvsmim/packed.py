@@ -1,8 +1,9 @@
-"""A trained run as a few small files: its encoder as float16, its config, its logs.
+"""A trained run as a few files: its encoder, its config, its logs.
 
 It lies where a workdir may: it is analyzed, probed and fine-tuned like one. It cannot
 be trained on, for the optimizer and what only training needs are gone. The members of
-the mini zoo are packed runs inside the package; "zoo:NAME" stands for their folders.
+the mini zoo are packed runs inside the package, as float16; "zoo:NAME" stands for their
+folders. `clvsmim convert` makes one of a foreign checkpoint, as float32.
 """
 
 import gzip
@@ -27,30 +28,54 @@ LOGS = ("log.jsonl", "xray.jsonl")
 DROPPED = ("projector", "predictor", "teacher", "teacher_stats")
 
 
-def pack(trained: Any, workdir: str, folder: str) -> None:
+def pack(
+    trained: Any, workdir: str, folder: str, dtype: type[np.floating] = np.float16
+) -> None:
     """Write what `analyze.load` read of a workdir, and its logs, to `folder`.
 
-    Its meta.json has what that of the workdir has, and the step, the seconds of
-    training, and the SHA-256 of every file.
+    Its meta.json has what that of the workdir has, and what `write` adds.
     """
-    arrays = kept({"params": trained.params, "extra": trained.extra})
-    save_arrays(
-        f"{folder}/{WEIGHTS}",
-        {name: np.asarray(x, np.float16) for name, x in tree.named(arrays).items()},
-    )
-    for name in LOGS:
-        path = epath.Path(workdir) / name
-        text = path.read_bytes() if path.exists() else b""
-        # No time of writing inside: the same log makes the same file.
-        write_whole(f"{folder}/{name}.gz", gzip.compress(text, mtime=0))
-    files = (WEIGHTS, *(f"{name}.gz" for name in LOGS))
-    records = log.read(f"{workdir}/log.jsonl")
     about = {
         "step": trained.step,
-        "seconds": round(seconds(records)),
-        "sha256": {name: sha256(f"{folder}/{name}") for name in files},
+        "seconds": round(seconds(log.read(f"{workdir}/log.jsonl"))),
     }
-    meta.write_meta(folder, (meta.read_meta(workdir) or {}) | about)
+    write(
+        folder,
+        kept({"params": trained.params, "extra": trained.extra}),
+        (meta.read_meta(workdir) or {}) | about,
+        {name: _log(workdir, name) for name in LOGS},
+        dtype,
+    )
+
+
+def write(
+    folder: str,
+    whole: Tree,
+    about: dict[str, Any],
+    logs: dict[str, bytes],
+    dtype: type[np.floating] = np.float32,
+) -> None:
+    """A packed run of {"params", "extra"}, of facts, and of the text of its logs.
+
+    Its meta.json has the facts and the SHA-256 of every other file.
+    """
+    arrays = {name: np.asarray(x, dtype) for name, x in tree.named(whole).items()}
+    save_arrays(f"{folder}/{WEIGHTS}", arrays)
+    for name, text in logs.items():
+        # No time of writing inside: the same log makes the same file.
+        write_whole(f"{folder}/{name}.gz", gzip.compress(text, mtime=0))
+    files = (WEIGHTS, *(f"{name}.gz" for name in logs))
+    sums = {name: sha256(f"{folder}/{name}") for name in files}
+    meta.write_meta(folder, about | {"sha256": sums})
+
+
+def _log(workdir: str, name: str) -> bytes:
+    """The text of a log, also of one that is packed already; b"" without it."""
+    path = epath.Path(workdir) / name
+    small = path.with_name(f"{name}.gz")
+    if path.exists():
+        return path.read_bytes()
+    return gzip.decompress(small.read_bytes()) if small.exists() else b""
 
 
 def names() -> list[str]:
@@ -102,6 +127,25 @@ def read(
     arrays = {name: x.astype(np.float32) for name, x in arrays.items()}
     placed = {name: jax.device_put(x, sharding) for name, x in arrays.items()}
     return {field: {} for field in fields} | tree.nest(placed), about["step"]
+
+
+def only(saved: Tree, wanted: Tree) -> Tree:
+    """{"params", "extra"} without heads that are not wanted.
+
+    A converted file keeps all that it had, also what no objective here reads.
+    """
+    return {
+        field: {
+            "encoder": saved[field].get("encoder", {}),
+            "heads": _shared(saved[field].get("heads", {}), wanted[field]["heads"]),
+        }
+        for field in wanted
+    }
+
+
+def _shared(saved: Tree, wanted: Tree) -> Tree:
+    names = tree.named(wanted)
+    return tree.nest({n: x for n, x in tree.named(saved).items() if n in names})
 
 
 def kept(whole: Tree) -> Tree:

@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from clvsmim import analysis, claims, files, labelled, log, timeline
+from clvsmim import analysis, claims, files, foreign, labelled, log, replay, timeline
 from clvsmim.build import make_encoder
 from clvsmim.metrics import Series
 from clvsmim.report import (
     Gallery,
     Run,
     Section,
+    Table,
     attention_gallery,
     reconstruction_gallery,
     scatter,
@@ -37,10 +38,10 @@ TITLES = {
 }
 
 
-def one(out: str) -> epath.Path:
-    """The report of one analysis, into its own folder."""
+def one(out: str, *, paper: bool = False) -> epath.Path:
+    """The report of one analysis, into its own folder; see `page` for `paper`."""
     run = read(out)
-    return page(out, f"What {run.name} learned", [(run, out)])
+    return page(out, f"What {run.name} learned", [(run, out)], paper=paper)
 
 
 def read(out: str, name: str = "", more: Sequence[Series] = ()) -> Run:
@@ -98,17 +99,23 @@ def place(out: str) -> tuple[str, ...]:
 
 def method_of(found: dict[str, Any]) -> str:
     """The method by which an analysed encoder was trained, if it was."""
-    return method(found["config"]["objective"]) if found["step"] else "untrained"
+    known = found["step"] or found.get("file")
+    return method(found["config"]["objective"]) if known else "untrained"
 
 
 def title_of(found: dict[str, Any]) -> str:
-    """What a legend calls an analysed encoder."""
+    """What a legend calls an analysed encoder; one from a file as the file."""
+    if found.get("file"):
+        return found["file"]["name"]
     return title(found["config"]["objective"]) if found["step"] else "untrained"
 
 
 def method(objective: dict[str, Any]) -> str:
     """The method as the claims know it: a hybrid at λ = 0 or 1 is the one it consists
-    of, and only those with SimMIM are the paper's."""
+    of, and only those with SimMIM are the paper's. An encoder from a file is what its
+    family trains, unless it has learned labels since."""
+    if objective["name"] == "encoder":
+        return "classify" if objective["labels"] else objective["family"]
     if "lam" not in objective:
         return objective["name"]
     mim, cl = objective["mim"]["name"], objective["cl"]["name"]
@@ -131,8 +138,7 @@ def facts(config: dict, found: dict, records: list[dict]) -> dict[str, str]:
     mim = objective.get("mim", objective)
     shown = {
         "encoder": f"{size}; {images}",
-        "trained on": f"{config['data']['source']['name']}, "
-        f"{found['step'] * config['batch']:,} images in {found['step']:,} steps",
+        "trained on": trained_on(config, found),
         "measured on": f"{found['images']:,} {found['stamp']['data']['split']} images",
     }
     if "decoder" in mim:
@@ -140,10 +146,24 @@ def facts(config: dict, found: dict, records: list[dict]) -> dict[str, str]:
         shown["decoder"] = (
             f"width {inner['width']}, depth {inner['depth']}, {inner['heads']} heads"
         )
+    if found.get("file"):
+        prepared = foreign.transform_of(found["file"])
+        shown |= {"images": str(prepared)} if prepared else {}
     losses = [r["loss"] for r in records if "loss" in r]  # evaluations have none
     if losses:
         shown["final loss"] = f"{losses[-1]:.4g}"
     return shown
+
+
+def trained_on(config: dict, found: dict) -> str:
+    """Which images, and how many; of a file nobody knows."""
+    file = found.get("file")
+    if file:
+        return f"not known: {file['title']}, SHA-256 {file['sha256'][:12]}"
+    return (
+        f"{config['data']['source']['name']}, {found['step'] * config['batch']:,} "
+        f"images in {found['step']:,} steps"
+    )
 
 
 def page(
@@ -155,27 +175,71 @@ def page(
     first: Sequence[Section] = (),
     notes: Sequence[str] = (),
     judged: Sequence[str] = (),
+    paper: bool = False,
 ) -> epath.Path:
     """Write the report of runs and their analysis folders; `first` leads the page.
 
     The claims are judged on the analyses `judged`, by default on those that are drawn.
+    Behind a file that is what a published model would be stand the paper's curves of
+    it; with `paper` those of all three models, whatever was measured.
     """
     drawn = [(run, pictures(out)) for run, out in runs]
-    models = [measured(out) for out in judged or [out for _, out in runs]]
+    found = [analysis.read_series(out) for _, out in runs]
+    models = [measured(out) for out in own(judged or [out for _, out in runs])]
     verdicts = claims.to_json(claims.judge(models))
     text = json.dumps(verdicts, indent=1, ensure_ascii=False)
     files.write_whole(f"{folder}/data/claims.json", f"{text}\n".encode())
-    places = [(run, analysis.read_series(out)["workdir"]) for run, out in runs]
-    shown = (*first, seeing(drawn), looking(drawn), claimed(models))
+    places = [(run, f["workdir"]) for (run, _), f in zip(runs, found, strict=True)]
+    of_files = [
+        (run, f) for (run, _), f in zip(runs, found, strict=True) if f.get("file")
+    ]
+    shown = (
+        *first,
+        files_found(of_files),
+        replay.section(of_files),
+        seeing(drawn, held_out=not of_files),
+        looking(drawn),
+        claimed(models),
+    )
     shown += (timeline.section(places), *SECTIONS, alike(drawn), near(drawn))
     return write(
         folder,
         title=heading,
-        runs=[run for run, _ in runs],
+        runs=[*(run for run, _ in runs), *replay.backdrop(of_files, paper, runs)],
         lead=lead,
         sections=[s for s in shown if s],
         notes=notes,
     )
+
+
+def own(folders: Sequence[str]) -> list[str]:
+    """Those of our own training, if there are any: of a file nobody knows the seed."""
+    ours = [out for out in folders if not analysis.read_series(out).get("file")]
+    return ours or [*folders]
+
+
+def files_found(of_files: Sequence[tuple[Run, dict]]) -> Section | None:
+    """What the files said about themselves."""
+    if not of_files:
+        return None
+    tables = tuple(
+        Table(
+            run.name,
+            ("", "what was found"),
+            [report_row(line) for line in found["file"]["report"].splitlines()[1:]],
+            found["file"]["report"].splitlines()[0],
+        )
+        for run, found in of_files
+    )
+    text = "Tensors only were read; no code in a file is ever run."
+    return Section("The files", text, tables=tables)
+
+
+def report_row(line: str) -> tuple[str, str]:
+    """A line of a report as (what kind of remark, the remark)."""
+    kind, _, rest = line.strip().partition(": ")
+    known = ("found", "images here", "assumed", "dropped", "missing", "WARNING")
+    return (kind, rest) if kind.startswith(known) and rest else ("", line.strip())
 
 
 def pictures(out: str) -> dict[str, np.ndarray]:
@@ -184,8 +248,12 @@ def pictures(out: str) -> dict[str, np.ndarray]:
     return files.load_arrays(path) if epath.Path(path).exists() else {}
 
 
-def seeing(drawn: Sequence[tuple[Run, dict]]) -> Section | None:
-    """Masked reconstructions of those that make them."""
+def seeing(drawn: Sequence[tuple[Run, dict]], held_out: bool) -> Section | None:
+    """Masked reconstructions of those that make them.
+
+    Args:
+      held_out: whether it is known that none was trained on these images.
+    """
     galleries = [
         reconstruction_gallery(
             run.name,
@@ -197,9 +265,9 @@ def seeing(drawn: Sequence[tuple[Run, dict]]) -> Section | None:
     text = (
         "Masked image modelling hides blocks of an image and predicts their pixels. "
         "Visible patches are copied from the original; only hidden ones are predicted. "
-        "MAE predicts them without their mean and contrast, which are put back here. "
-        "These images were never trained on."
+        "MAE predicts them without their mean and contrast, which are put back here."
     )
+    text += " These images were never trained on." if held_out else ""
     return (
         Section("Masked reconstructions", text, galleries=galleries)
         if galleries

@@ -1,15 +1,38 @@
 """A trained encoder, fitted to the encoder of another run."""
 
-from typing import Any
+import sys
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
-from clvsmim import packed, tree
+from clvsmim import foreign, packed, tree, vit
 from clvsmim.checkpoint import restore_params
+from clvsmim.formats import _fit
 from clvsmim.meta import read_meta
 from clvsmim.vit import Spec
 
 Tree = Any
+# What no shape tells, and what the network computes with.
+QUIET = ("mlp", "norm_eps")
+
+
+class Given(NamedTuple):
+    """A trained encoder as it was found.
+
+    Attributes:
+      variables: {"params", "stats"}.
+      spec: None if nobody wrote down what it is.
+      colour: {"mean", "std"} of its input; {} if nobody did.
+      family: whose file it came from, "" of a run.
+      report: for the user, "" of a run.
+    """
+
+    variables: Tree
+    spec: Spec | None
+    colour: dict[str, Any]
+    family: str
+    report: str
 
 
 def read(
@@ -19,9 +42,13 @@ def read(
     wanted: Tree,
     sharding: jax.sharding.Sharding,
 ) -> Tree:
-    """The encoder of the newest checkpoint in a workdir: {"params", "stats"}.
+    """The encoder of a run, or of a file of another library: {"params", "stats"}.
+
+    Position tables, relative tables and the patch embedding are resized to what is
+    wanted; that, and the report on a file, are printed.
 
     Args:
+      workdir: its newest checkpoint is read; or a file, or "zoo:NAME".
       spec: of the encoder that will get it.
       colour: the section `input` of its run, which must be that of the saved one.
       wanted: its {"params", "stats"}, as shapes.
@@ -30,52 +57,100 @@ def read(
     Raises:
       ValueError: it does not fit, as `fit`, or there is none.
     """
-    folder = packed.place(workdir)
-    found, _ = restore_params(folder, sharding=sharding)
-    about = read_meta(folder)
     what = f"init.path={workdir}"
-    if about is not None and (spec.position, spec.relative) != ("none", "none"):
-        check_grid(about["encoder"], spec, what)
-    if about is not None:
-        check_colour(about["input"], colour, what)
-    given = {"params": found["params"], "stats": found["extra"]}
-    given = {part: fields.get("encoder", {}) for part, fields in given.items()}
-    return {
-        part: tree.strict(wanted[part], fit(given[part], wanted[part]), what)
+    file = foreign.find(packed.place(workdir))
+    given = of_file(file, spec.heads) if file else of_run(workdir, sharding)
+    if given.report:
+        say(given.report)
+    check_colour(given.colour, colour, what)
+    variables = given.variables
+    if given.spec is not None:
+        for name in QUIET:
+            there, here = getattr(given.spec, name), getattr(spec, name)
+            if there != here:
+                say(f"{what} was trained with {name}={there}, this run has {here}")
+        variables, lines = resized(given, spec)
+        for line in lines:
+            say(f"{what}, resized: {line}")
+    found = {
+        part: tree.strict(wanted[part], fit(variables[part], wanted[part]), what)
         for part in wanted
     }
+    return jax.tree.map(
+        lambda x: x if isinstance(x, jax.Array) else jax.device_put(x, sharding), found
+    )
+
+
+def of_run(workdir: str, sharding: jax.sharding.Sharding) -> Given:
+    """The newest checkpoint of a workdir, or a packed run."""
+    folder = packed.place(workdir)
+    found, _ = restore_params(folder, sharding=sharding)
+    about = read_meta(folder) or {}
+    variables = {"params": found["params"], "stats": found["extra"]}
+    return Given(
+        {part: fields.get("encoder", {}) for part, fields in variables.items()},
+        vit.make(**about["encoder"]).spec if about else None,
+        about.get("input", {}),
+        about.get("file", {}).get("family", ""),
+        "",
+    )
+
+
+def of_file(path: str, heads: int = 0) -> Given:
+    """The encoder in a checkpoint of another library."""
+    opened = foreign.open_run(path, heads=heads)
+    return Given(
+        {"params": opened.params["encoder"], "stats": opened.extra["encoder"]},
+        vit.make(**opened.encoder).spec,
+        foreign.colour(path, opened),
+        opened.family,
+        str(opened.report),
+    )
+
+
+def resized(given: Given, spec: Spec) -> tuple[Tree, list[str]]:
+    """The variables for the image and the patch of `spec`, and what was resized."""
+    there, here = given.spec, spec
+    if (there.grid, there.patch) == (here.grid, here.patch):
+        return given.variables, []
+    params = jax.tree.map(np.asarray, given.variables["params"])
+    how = _fit.reference(given.family, registers=there.prefix > 1)
+    params, lines = _fit.fit_encoder(params, there, here, how)
+    return {**given.variables, "params": params}, lines
+
+
+def say(line: str) -> None:
+    """To stderr, from one process."""
+    if jax.process_index() == 0:
+        print(line, file=sys.stderr, flush=True)
 
 
 def settings_of(workdir: str) -> dict[str, Any]:
     """The config that a workdir was trained with, as nested dicts.
 
+    Of a file, and of a converted one, it has no `data`: nobody knows.
+
     Raises:
       ValueError: nobody trained there.
     """
-    about = read_meta(packed.place(workdir))
+    folder = packed.place(workdir)
+    file = foreign.find(folder)
+    if file:
+        opened = foreign.open_run(file)
+        return {"encoder": opened.encoder, "input": foreign.colour(file, opened)}
+    about = read_meta(folder)
     if about is None:
         raise ValueError(
-            f"no meta.json in {workdir!r}; expected a --workdir of `clvsmim train`"
+            f"no meta.json in {workdir!r}; expected a --workdir of `clvsmim train`, or "
+            "a checkpoint file"
         )
     return about["config"]
 
 
-def check_grid(saved: dict[str, Any], spec: Spec, what: str) -> None:
-    """Raise ValueError if the positions are those of another number of patches."""
-    (rows, columns), patch = saved["image"], saved["patch"]
-    there, here = (rows // patch, columns // patch), spec.grid
-    if there != here:
-        raise ValueError(
-            f"the positions of {what} are saved for grid {there[0]}x{there[1]}, wanted "
-            f"{here[0]}x{here[1]}; use encoder.image={(rows, columns)} and "
-            f"encoder.patch={patch}, with which it was trained"
-        )
-
-
 def check_colour(saved: dict[str, Any], colour: dict[str, Any], what: str) -> None:
     """Raise ValueError if the images would be normalised in another way."""
-    for key, values in colour.items():
-        there, here = tuple(saved[key]), tuple(values)
+    for key, there in saved.items():
+        there, here = tuple(there), tuple(colour[key])
         if there != here:
             raise ValueError(
                 f"{what} was trained with input.{key}={there}, this run has {here}; "

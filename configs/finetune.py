@@ -2,7 +2,13 @@
 
     clvsmim train --config=configs/finetune.py:simmim,runs/mim --workdir=runs/tuned
 
-fine-tunes the run in runs/mim on its own data and image size. Without a run it is a
+fine-tunes the run in runs/mim on its own data and image size. A checkpoint file of
+another library stands there too; a third part is a folder of images with train/ and
+val/, instead of the run's data (a file has ImageNet's without it):
+
+    clvsmim train --config=configs/finetune.py:mae,FILE,DIR --workdir=runs/tuned
+
+Without a run it is a
 ViT-B/16 on ImageNet-1k, whose weights --config.init.path=... names (without these it
 starts from scratch, with the initial weights of pre-training):
 
@@ -48,7 +54,7 @@ SIZES = {
 
 
 def get_config(what: str = "simmim") -> ConfigDict:
-    """PROTOCOL or PROTOCOL,RUN; RUN is a workdir of `clvsmim train`."""
+    """PROTOCOL, PROTOCOL,RUN or PROTOCOL,RUN,DIR; RUN is a workdir or a file."""
     protocol, _, run = what.partition(",")
     if protocol not in OF:
         raise ValueError(

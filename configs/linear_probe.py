@@ -2,7 +2,13 @@
 
     clvsmim train --config=configs/linear_probe.py:paper,runs/mim --workdir=runs/probe
 
-probes the run in runs/mim on its own data and image size. Without a run it is a
+probes the run in runs/mim on its own data and image size. A checkpoint file of another
+library stands there too (docs/checkpoints.md); a third part is a folder of images with
+train/ and val/, instead of the run's data (a file has ImageNet's without it):
+
+    clvsmim train --config=configs/linear_probe.py:mae,FILE,DIR --workdir=runs/probe
+
+Without a run it is a
 ViT-B/16 on ImageNet-1k, whose weights --config.init.path=... names; without these the
 encoder is an untrained one, and the first line says so:
 
@@ -33,6 +39,7 @@ keep up. The heads of one run share its forward passes.
 from ml_collections import ConfigDict
 
 from clvsmim import build, transfer
+from clvsmim.data import folder
 
 IMAGENET = dict(
     name="tfds",
@@ -73,7 +80,7 @@ VARIANTS = tuple(OF)
 
 
 def get_config(what: str = "paper") -> ConfigDict:
-    """PROTOCOL or PROTOCOL,RUN; RUN is a workdir of `clvsmim train`."""
+    """PROTOCOL, PROTOCOL,RUN or PROTOCOL,RUN,DIR; RUN is a workdir or a file."""
     protocol, _, run = what.partition(",")
     if protocol not in OF:
         raise ValueError(
@@ -154,18 +161,23 @@ def optimizer(protocol: str, batch: int, epochs: float) -> dict:
     )
 
 
-def start_from(config: ConfigDict, run: str, encoder: dict) -> None:
-    """Encoder, input, data and init of a run, or of ImageNet without one."""
+def start_from(config: ConfigDict, what: str, encoder: dict) -> None:
+    """Encoder, input, data and init of "RUN" or "RUN,DIR", or of ImageNet without."""
+    run, _, images = what.partition(",")
+    config.encoder = dict(encoder)
+    config.input = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    config.data = dict(
+        source=dict(IMAGENET), workers=8, threads=1, prefetch=4, unreadable=100
+    )
     if run:
         saved = transfer.settings_of(run)
         config.encoder, config.input = saved["encoder"], saved["input"]
-        config.data = {k: v for k, v in saved["data"].items() if k != "repeats"}
-    else:
-        config.encoder = dict(encoder)
-        config.input = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-        config.data = dict(
-            source=dict(IMAGENET), workers=8, threads=1, prefetch=4, unreadable=100
-        )
+        if "data" in saved:
+            config.data = {k: v for k, v in saved["data"].items() if k != "repeats"}
+    if images:
+        config.data.source = folder.section(images)
+        if not config.data.source.train:
+            raise ValueError(f"{images} has no folders train and val (of classes)")
     config.init = dict(path=run, zoo="")
 
 

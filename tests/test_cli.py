@@ -20,6 +20,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarni
 
 DEMO = f"--config={runs.ROOT}/configs/demo.py"
 FLAGS = {
+    "convert": (
+        *("SOURCE", "DEST", "--to", "--format", "--branch", "--heads", "--image"),
+        *("--decoder_heads", "--partial", "--ignore"),
+    ),
     "convert-data": ("SRC", "DST", "gs://"),
     "inspect-data": ("--config", "--out", "--images", "--images_per_second", "--rows"),
     "doctor": ("--config", "--workdir", "--[no]rehearsal", "--coordinator"),
@@ -27,6 +31,7 @@ FLAGS = {
     "analyze": (
         *("--out", "--split", "--images", "--skip", "--train_images", "--batch"),
         *("--group", "--every", "--metrics", "WORKDIR"),
+        *("--data", "--[no]paper", "FILE"),
     ),
     "compare": ("--out", "runs/moco_v3 runs/simmim"),
     "merge": ("--out", "a b"),
@@ -298,8 +303,10 @@ def test_what_must_be_given_is_named(refused, tmp_path):
     assert "--workdir is missing" in refused("train", f"{DEMO}:simmim")
     assert "--config is missing" in refused("inspect-data")
     assert "expected SRC and DST, got 1" in refused("convert-data", "a")
-    assert "expected one WORKDIR" in refused("analyze")
-    assert "expected one WORKDIR" in refused("analyze", "a", "b")
+    assert "expected a WORKDIR of a training, or" in refused("analyze")
+    assert "several are compared: give --out" in refused("analyze", "a", "b")
+    assert "no run in a;" in refused("analyze", "a", "b", "--out=x")
+    assert "expected SOURCE and DEST, got 0" in refused("convert")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -26,7 +26,7 @@ def folder(monkeypatch):
 
 
 def test_names_are_the_modules_of_a_folder():
-    known = ["classify", "hybrid", "mae", "moco_v3", "simmim"]
+    known = ["classify", "encoder", "hybrid", "mae", "moco_v3", "simmim"]
     assert plugin.names("objectives") == known
     assert set(plugin.names("metrics")) >= {"distance", "fourier", "nmi"}
 

@@ -9,6 +9,7 @@ import runs
 
 from clvsmim import build, checkpoint, log, train, transfer, tree
 from clvsmim.configs import finetune, linear_probe
+from clvsmim.formats import _fit
 
 
 @pytest.fixture(scope="module")
@@ -77,12 +78,6 @@ def test_the_shared_table_is_copied_to_every_block_and_the_norm_is_dropped(simmi
         ({"qkv_bias": "qkv"}, r"2 missing \(block_0/attn/k/bias"),
         ({"layer_scale": 0.0}, r"unexpected \(block_0/gamma_1"),
         ({"prefix": 0}, r"unexpected \(cls_token"),
-        (
-            {"image": (24, 24)},
-            r"saved for grid 4x4, wanted 6x6; use encoder.image=\(16, 16\) and "
-            "encoder.patch=4",
-        ),
-        ({"patch": 2}, "saved for grid 4x4, wanted 8x8"),
     ],
 )
 def test_any_other_encoder_is_refused(simmim, encoder, message):
@@ -90,20 +85,38 @@ def test_any_other_encoder_is_refused(simmim, encoder, message):
         read(simmim, **encoder)
 
 
+@pytest.mark.parametrize("change", [{"image": (24, 24)}, {"patch": 2}])
+def test_another_grid_is_fitted_and_said(simmim, change, capsys):
+    """The table is that of the module that does it; nothing else is touched."""
+    want, found = saved(simmim), read(simmim, **change)
+    side = (24 if "image" in change else 16) // change.get("patch", 4)
+    table = _fit.relative_table(want.pop("rel_table"), (4, 4), (side, side))
+    np.testing.assert_array_equal(found.pop("rel_table"), table)
+    said = capsys.readouterr().err
+    assert f"resized: rel_table (1): 4x4 -> {side}x{side} patches, geometric" in said
+    if "patch" in change:
+        kernel = _fit.patch_kernel(want.pop("patch_embed/kernel"), 2)
+        np.testing.assert_array_equal(found.pop("patch_embed/kernel"), kernel)
+        assert "patch_embed/kernel: patch 4 -> 2, pseudo-inverse" in said
+    runs.assert_identical(found, want)
+
+
 def test_what_has_no_positions_fits_any_grid():
     saved = {"cls_token": np.zeros(2), "block_0": {"mlp": np.ones(3)}}
     assert transfer.fit(saved, saved) == saved
-    spec, _ = shapes({"image": (24, 24)})
-    there = {"image": (16, 16), "patch": 4}
-    with pytest.raises(ValueError, match="saved for grid 4x4, wanted 6x6"):
-        transfer.check_grid(there, spec, "x")
-    transfer.check_grid({"image": [24, 24], "patch": 4}, spec, "x")
+
+
+def test_another_activation_or_epsilon_is_said(simmim, capsys):
+    read(simmim)
+    assert capsys.readouterr().err == ""
+    read(simmim, mlp="gelu_tanh")
+    assert "trained with mlp=gelu, this run has gelu_tanh" in capsys.readouterr().err
 
 
 def test_a_refused_transfer_writes_nothing(simmim, tmp_path):
     before = runs.snapshot(simmim)
-    with pytest.raises(ValueError, match="wanted 6x6"):
-        runs.run(tmp_path / "new", init__path=str(simmim), encoder__image=(24, 24))
+    with pytest.raises(ValueError, match="missing .block_2"):
+        runs.run(tmp_path / "new", init__path=str(simmim), encoder__depth=3)
     assert not (tmp_path / "new").exists() and runs.snapshot(simmim) == before
 
 
@@ -190,7 +203,8 @@ def test_one_command_from_the_run_it_evaluates_and_resumes(simmim, tmp_path, nam
         same = [n for n, x in after.items() if np.array_equal(x, before.get(n))]
         assert not same  # all of it learns
     assert json.loads((whole / "meta.json").read_text())["config"]["init"] == {
-        "path": str(simmim)
+        "path": str(simmim),
+        "zoo": "",
     }
 
 

@@ -50,6 +50,28 @@ def make(
     return Files(name=path, where=where, open=opened, length=length, classes=classes)
 
 
+def section(path: str) -> dict[str, object]:
+    """The section `data.source` of any folder of images.
+
+    With folders train and val (or validation, valid, test) inside these are the splits;
+    any other folder is both at once.
+
+    Raises:
+      ValueError: there is no such folder.
+    """
+    names = class_folders(os.path.expanduser(path))
+    tests = [n for n in ("val", "validation", "valid", "test") if n in names]
+    splits = ("train", tests[0]) if tests and "train" in names else ("", "")
+    return {
+        "name": "folder",
+        "path": path,
+        "train": splits[0],
+        "test": splits[1],
+        "lengths": (0, 0),
+        "classes": 0,
+    }
+
+
 def _open(path: str, split: str, train: str) -> Opened:
     root, first = (
         os.path.expanduser(f"{path}/{name}").rstrip("/") for name in (split, train)

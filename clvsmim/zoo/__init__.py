@@ -112,11 +112,12 @@ def row(name: str) -> tuple[str, ...]:
     config = about["config"]
     objective = config["objective"]
     lam = f", λ = {objective['lam']:g}" if "lam" in objective else ""
+    known = about["step"] or "file" in about
     size = sum(len(p.read_bytes()) for p in folder.iterdir())
     intact = packed.sha256(folder / packed.WEIGHTS) == about["sha256"][packed.WEIGHTS]
     return (
         name,
-        f"{objective['name']}{lam}" if about["step"] else "untrained",
+        f"{objective['name']}{lam}" if known else "untrained",
         str(config["seed"]),
         f"{about['step']:,}",
         f"{about['step'] * config['batch']:,}",

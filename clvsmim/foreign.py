@@ -1,0 +1,119 @@
+"""A checkpoint file of another library where a trained run is expected.
+
+`formats` opens it; here is which file a path means, which images its network wants, and
+what is remembered of where a network came from.
+"""
+
+import json
+import re
+from typing import Any
+
+from etils import epath
+
+from clvsmim import formats, packed
+from clvsmim.formats import Opened
+from clvsmim.formats._preprocess import (
+    Transform,
+    from_hf,
+    from_timm,
+    transform,
+    view,
+)
+
+# What Hugging Face's libraries call the file in a folder, the best one first.
+__all__ = ["Opened", "Transform", "colour", "evaluation", "facts", "find"]
+__all__ += ["name_of", "open_run", "transform_of", "view"]
+INSIDE = ("model.safetensors", "pytorch_model.bin")
+PLAIN_NAMES = ("model", "pytorch_model", "checkpoint", "weights")
+FLAGS = ("format", "branch", "heads", "decoder_heads", "image", "partial", "ignore")
+
+
+def find(path: str) -> str:
+    """The file that `path` means: itself, or the one in a folder of Hugging Face.
+
+    "" where it is neither: a workdir, a packed run, or nothing at all.
+    """
+    place = epath.Path(path)
+    if place.is_file():
+        return str(path)
+    if not place.is_dir() or (place / "meta.json").exists():
+        return ""
+    return next((str(place / name) for name in INSIDE if (place / name).exists()), "")
+
+
+def open_run(path: str, *, heads: int = 0) -> Opened:
+    """The network in a file, where there are no flags to say more about it.
+
+    Raises:
+      ValueError: as `formats.open_file`, with where those flags are.
+    """
+    try:
+        return formats.open_file(path, heads=heads)
+    except ValueError as error:
+        asked = any(re.search(rf"\b{flag}=", str(error)) for flag in FLAGS)
+        hint = "; `clvsmim convert FILE FOLDER` takes these flags, then use FOLDER"
+        raise ValueError(f"{error}{hint if asked else ''}") from error
+
+
+def evaluation(path: str, opened: Opened) -> Transform | None:
+    """How the images of a file are prepared: by what lies beside it, else its family.
+
+    None for a file of ours, whose run knows it.
+    """
+    size = tuple(opened.encoder["image"])
+    for name, read in (
+        ("preprocessor_config.json", from_hf),
+        ("config.json", from_timm),
+    ):
+        beside = epath.Path(path).parent / name
+        if not beside.exists():
+            continue
+        try:
+            found = read(json.loads(beside.read_text()))
+        except ValueError:  # of another model, or with steps that are not done here
+            continue
+        if found.crop == size:
+            return found
+    if opened.family == "ours":
+        return None
+    return transform(opened.family, size)._replace(**opened.input)
+
+
+def colour(path: str, opened: Opened) -> dict[str, tuple]:
+    """{"mean", "std"} of the input, as `evaluation` normalises it."""
+    found = evaluation(path, opened)
+    return {"mean": found.mean, "std": found.std} if found else dict(opened.input)
+
+
+def facts(path: str, opened: Opened, source: str = "") -> dict[str, Any]:
+    """What is remembered of a file: plain values, for meta.json and series.json."""
+    found = evaluation(path, opened)
+    return {
+        "path": source or str(path),
+        "name": name_of(source or path),
+        "sha256": packed.sha256(path),
+        "family": opened.family,
+        "title": opened.report.title,
+        "report": f"{opened.report}\n  images here: {found or 'as those of our runs'}",
+        "transform": found._asdict() if found else None,
+    }
+
+
+def transform_of(file: dict[str, Any]) -> Transform | None:
+    """The evaluation transform among `facts`, also after a round trip through JSON."""
+    if not file["transform"]:
+        return None
+
+    def plain(x: Any) -> Any:
+        return tuple(x) if isinstance(x, list | tuple) else x
+
+    return Transform(**{key: plain(x) for key, x in file["transform"].items()})
+
+
+def name_of(path: str) -> str:
+    """What to call a file's network: its name, or its folder's if that says more."""
+    place = epath.Path(path)
+    name = re.sub(
+        r"(\.pth|\.pt|\.tar|\.bin|\.safetensors|\.npz|\.onnx)+$", "", place.name
+    )
+    return place.parent.name or name if name in PLAIN_NAMES else name
