@@ -120,10 +120,9 @@ def results(tmp_path_factory):
     """What one process has done first, and then two, each in its own folders."""
     root = tmp_path_factory.mktemp("processes")
     whole("hybrid", root / "hybrid_one", jax.devices())
-    measure(root)
     begin(root / "begun_one", jax.devices(), **FSDP)
     shutil.copytree(root / "begun_one", root / "one_two")
-    pair(root, "hybrid", "measure", "begin", "go on")
+    pair(root, "hybrid", "begin", "go on")
     return root
 
 
@@ -158,7 +157,10 @@ def test_law_one_device_eight_and_two_processes_train_alike(tmp_path):
         assert two[key] == pytest.approx(one[key], rel=1e-5), key
 
 
+@pytest.mark.slow
 def test_two_processes_measure_as_one(results):
+    measure(results)
+    pair(results, "measure")
     one, two = (analysis.read_series(results / f"analysis_{n}") for n in FOUND)
     assert one["stamp"] == two["stamp"]
     assert_agree(two["series"], one["series"])

@@ -173,26 +173,17 @@ def start_of(member, steps, folder, monkeypatch):
     return [r for r in log.read(f"{folder}/{member}/log.jsonl") if "loss" in r]
 
 
-def agrees(member, steps, folder, monkeypatch):
-    logs = log.read(packed.ZOO / member / "log.jsonl")
-    want = [r["loss"] for r in logs if "loss" in r and r["step"] <= steps]
-    got = [r["loss"] for r in start_of(member, steps, folder, monkeypatch)]
-    assert len(want) == steps // 10
-    np.testing.assert_allclose(got, want, rtol=1e-5)
-
-
 TRAINED = [n for n in packed.names() if not n.endswith("_untrained")]
-
-
-@pytest.mark.skipif("mini_simmim" not in TRAINED, reason="the zoo is not installed")
-def test_a_member_is_what_its_recipe_makes(tmp_path, monkeypatch):
-    agrees("mini_simmim", 10, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("member", TRAINED)
-def test_every_member_is_what_its_recipe_makes(member, tmp_path, monkeypatch):
-    agrees(member, 50, tmp_path, monkeypatch)
+def test_a_member_is_what_its_recipe_makes(member, tmp_path, monkeypatch):
+    logs = log.read(packed.ZOO / member / "log.jsonl")
+    want = [r["loss"] for r in logs if "loss" in r and r["step"] <= 50]
+    got = [r["loss"] for r in start_of(member, 50, tmp_path, monkeypatch)]
+    assert len(want) == 5
+    np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", mini_zoo.STEPS)
