@@ -4,7 +4,6 @@
 what is remembered of where a network came from.
 """
 
-import json
 import re
 from typing import Any
 
@@ -12,6 +11,7 @@ from etils import epath
 
 from clvsmim import formats, packed
 from clvsmim.formats import Opened
+from clvsmim.formats._about import read_about
 from clvsmim.formats._preprocess import (
     Transform,
     from_hf,
@@ -69,7 +69,7 @@ def evaluation(path: str, opened: Opened) -> Transform | None:
         if not beside.exists():
             continue
         try:
-            found = read(json.loads(beside.read_text()))
+            found = read(read_about(beside.read_bytes()))
         except ValueError:  # of another model, or with steps that are not done here
             continue
         if found.crop == size:

@@ -276,19 +276,23 @@ class Decoder(nn.Module):
 
 
 def decoder_spec(encoder: Spec, *, width: int, depth: int, heads: int) -> Spec:
-    """That of the decoder's blocks behind an encoder, whatever its own variant."""
+    """That of the decoder's blocks behind an encoder, whatever its own variant.
+
+    An encoder with the GELU by tanh has a decoder with it: a library has one for both.
+    """
     return dataclasses.replace(
         encoder,
         width=width,
         depth=depth,
         heads=heads,
         position="mae_sincos",
+        relative="none",
         layer_scale=0.0,
         qkv_bias="qkv",
         drop_path=0.0,
         final_norm=True,
         init="mae",
-        mlp="gelu",
+        mlp=encoder.mlp if encoder.mlp == "gelu_tanh" else "gelu",
         mlp_ratio=4.0,
     )
 

@@ -293,6 +293,9 @@ def test_onnx_names_that_are_no_text(tmp_path):
     [
         ({"location": "../x.data"}, "outside: refused"),
         ({"location": "/etc/passwd"}, "outside: refused"),
+        ({"location": "~/x.data"}, "outside: refused"),
+        ({"location": "gs://bucket/x.data"}, "outside: refused"),
+        ({"location": "C:x.data"}, "outside: refused"),
         ({"location": "gone"}, "lie in gone: no such file"),
         ({"location": "x.data", "offset": 16}, "x.data is cut off"),
         ({"location": "x.data", "length": 20}, "shape does not fit"),

@@ -1,6 +1,7 @@
 """config.json, as Hugging Face and timm put it beside their weights."""
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,7 +36,7 @@ def check_about(about: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _number(x: Any) -> bool:
-    return isinstance(x, int | float) and x >= 0
+    return isinstance(x, int | float) and 0 <= x < math.inf
 
 
 def _count(x: Any) -> bool:
@@ -65,10 +66,10 @@ def colour_of(family: Family, about: Mapping[str, Any]) -> dict[str, tuple]:
     return {k: tuple(said.get(k, own[k])) for k in ("mean", "std")}
 
 
-def read_about(text: str) -> dict[str, Any]:
-    """config.json, or {} where it is no JSON object."""
+def read_about(text: bytes) -> dict[str, Any]:
+    """config.json, or {} where it is no JSON object: not in UTF-8, or too deep."""
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -16,6 +16,18 @@ from clvsmim.formats._rules import Leaves
 Tree = Any
 
 
+def refuse_expressions(name: str, rules: tuple[str, ...]) -> None:
+    """Raise ValueError if a rule of `partial` or `ignore` is no regular expression."""
+    for rule in rules:
+        try:
+            re.compile(rule)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(
+                f"{name}={rule!r} is no regular expression ({error}); to match any "
+                "text, write .*"
+            ) from error
+
+
 def refuse_unknown(
     short: dict[str, Any], names: Mapping[str, str], family: Family, ignore: tuple
 ) -> dict[str, str]:
@@ -70,13 +82,35 @@ def refuse_ranks(leaves: Leaves) -> None:
 
 
 def refuse_missing(absent: list[str], family: Family, partial: tuple) -> None:
-    """Raise ValueError if a leaf that every such file has is not there."""
-    absent = [n for n in absent if not any(re.fullmatch(rule, n) for rule in partial)]
-    if absent:
+    """Raise ValueError if a leaf that every such file has is not there.
+
+    "a|b" is either; `partial` may name one of them, or both so.
+    """
+    left = [n for n in absent if not any(allows(partial, x) for x in n.split("|"))]
+    if left:
+        more = f" and {len(left) - 4} more" if len(left) > 4 else ""
         raise ValueError(
-            f"not a whole {family.title}: {some(absent)} missing; if that is so on "
-            "purpose, name them with partial="
+            f"not a whole {family.title}: {', '.join(left[:4])}{more} missing; if that "
+            "is so on purpose, name them with partial="
         )
+
+
+def allows(partial: tuple[str, ...], name: str) -> bool:
+    """Whether one of the expressions is of this leaf."""
+    return any(re.fullmatch(rule, name) for rule in partial)
+
+
+def warn_built_without(absent: list[str], leaves: Leaves, out: Report) -> None:
+    """Report the parts that the network lacks because the file does, as was allowed."""
+    for names in absent:
+        name, *others = names.split("|")
+        if not any(n in leaves for n in (name, *others)):
+            part = names.replace("|", " or ")
+            out.missing.append(name)
+            out.warnings.append(
+                f"built without {part}: the file has none, and partial= allows it; "
+                "it is another network than others of its family"
+            )
 
 
 def completed(
@@ -89,7 +123,7 @@ def completed(
     """
     wanted = expected(fields)
     missing = [n for n in wanted if n not in leaves]
-    out.missing = [n for n in missing if any(re.fullmatch(rule, n) for rule in partial)]
+    out.missing = [n for n in missing if allows(partial, n)]
     if out.missing:
         leaves = leaves | initial(fields, out.missing)
     own = {
@@ -117,21 +151,3 @@ def init(fields: Mapping[str, Any]) -> dict[str, jax.Array]:
     found = encoder.init(jax.random.key(0), images, train=True)
     own = tree.named({"encoder": found["params"]})
     return own | tree.named({"stats": {"encoder": found.get("stats", {})}})
-
-
-def check_heads(
-    leaves: Leaves, fields: Mapping[str, Any], objective: dict[str, Any] | None
-) -> None:
-    """Raise ValueError if a decoder that came along is not one of ours."""
-    if not objective or objective["name"] != "mae":
-        return
-    spec = vit.make(**fields).spec
-    decoder = vit.Decoder(vit.decoder_spec(spec, **objective["decoder"]))
-    shapes = jax.eval_shape(
-        lambda: decoder.init(
-            jax.random.key(0), jax.numpy.zeros((1, spec.tokens, spec.width))
-        )
-    )["params"]
-    start = "heads/decoder/"
-    own = {n[len(start) :]: x for n, x in leaves.items() if n.startswith(start)}
-    tree.strict(shapes, tree.nest(own), "the decoder in the file")

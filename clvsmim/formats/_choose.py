@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 from clvsmim import plugin
@@ -9,7 +10,12 @@ from clvsmim.formats import _rules
 from clvsmim.formats._family import PATH, Family, Look
 from clvsmim.formats._report import Report, some
 
-STATE = r"(optimizer|opt_state|scaler|amp|loss_scaler|lr_scheduler|scheduler)([/.].*)?"
+# Under opt/ big_vision keeps moments; vision_transformer keeps weights, opt/target/.
+STATE = (
+    r"(optimizer|opt_state|scaler|amp|loss_scaler|lr_scheduler|scheduler"
+    r"|dino_loss|ibot_loss|koleo_loss)([/.].*)?|opt/(?!target/).*"
+)
+MOST = 1000  # names that are compared with every family's table, for a message
 
 
 def choose(look: Look, format: str) -> tuple[str, Family, str]:
@@ -39,20 +45,22 @@ def choose(look: Look, format: str) -> tuple[str, Family, str]:
 def nothing_fits(look: Look, families: Mapping[str, Family]) -> str:
     """What was looked for, and the family whose table fits best."""
 
+    tensors = dict(islice(look.tensors.items(), MOST))
+
     def fits(name: str) -> tuple[int, list[str]]:
         family = families[name]
-        names, _ = select(look.tensors, family, "", Report(), strict=False)
+        names, _ = select(tensors, family, "", Report(), strict=False)
         wrong = [full for n, full in names.items() if not known(n, family)]
-        return len(look.tensors) - len(wrong), wrong
+        return len(tensors) - len(wrong), wrong
 
     scores = {name: fits(name) for name in families}
     best = max(scores, key=lambda name: scores[name][0])
     count, wrong = scores[best]
     looked = ", ".join(f"{name}: {f.looks_for}" for name, f in families.items())
-    near = f"names look like {some(list(look.tensors))}"
+    near = f"names look like {some(list(tensors))}"
     if count:
         near = (
-            f"{best} is closest, {count} of {len(look.tensors)} names fit"
+            f"{best} is closest, {count} of {len(tensors)} names fit"
             + (f", not {some(wrong)}" if wrong else "")
             + f"; to try it: format={best}"
         )

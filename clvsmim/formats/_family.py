@@ -35,8 +35,9 @@ class Look:
     @cached_property
     def timm(self) -> bool:
         """Names of timm's ViT: MoCo v3, MAE, DINO, iBOT, DeiT and timm's own."""
-        has = self.has(r"(^|[/.])blocks\.0\.attn\.qkv\.weight")
-        return has and not self.has(r"(^|[/.])blocks\.0\.attn\.q_bias")
+        start = r"(^|[/.])blocks\.0\.(0\.)?attn\."  # DINOv2 trains chunks of blocks
+        has = self.has(start + r"qkv\.weight")
+        return has and not self.has(start + "q_bias")
 
     @cached_property
     def table(self) -> str:

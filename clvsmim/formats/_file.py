@@ -29,7 +29,7 @@ def open_file(
 
     file = read(path)
     beside = epath.Path(path).parent / "config.json"
-    about = read_about(beside.read_text()) if beside.exists() else {}
+    about = read_about(beside.read_bytes()) if beside.exists() else {}
     opened = open_tensors(
         file.tensors,
         format=format,

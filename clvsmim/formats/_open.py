@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clvsmim import tree
-from clvsmim.formats import _check, _rules, _spec
+from clvsmim.formats import _check, _fit, _rules, _spec
 from clvsmim.formats._about import check_about, colour_of
 from clvsmim.formats._choose import choose, select
 from clvsmim.formats._family import Family, Look
+from clvsmim.formats._heads import complete_heads
 from clvsmim.formats._positions import fold_positions
 from clvsmim.formats._report import Report
 from clvsmim.formats._rules import Leaves
@@ -85,7 +86,8 @@ def open_tensors(
       heads, decoder_heads: number of attention heads, which shapes do not tell.
       image: (rows, columns) in pixels, where no square position table tells.
       partial: regular expressions of our leaves that may be missing
-        ("encoder/ln_final/.*"); they are left as initialised.
+        ("encoder/block_3/.*"); they are left as initialised, or the network is built
+        without a part that it can lack ("encoder/ln_final/.*").
       ignore: regular expressions of tensors in the file to leave out.
       about: config.json of Hugging Face or timm, if there is one.
       source: what to call it in messages.
@@ -95,6 +97,8 @@ def open_tensors(
         missing ones, or shapes that are not those of the network.
     """
     try:
+        _check.refuse_expressions("partial", partial)
+        _check.refuse_expressions("ignore", ignore)
         return _open(
             tensors,
             format,
@@ -137,6 +141,7 @@ def _open(
     _check.refuse_ranks(found.leaves)
     leaves = found.leaves
     notes = family.fold(leaves, about) if family.fold else []
+    more_channels(leaves, out)
     patch = leaves.get("encoder/patch_embed/kernel", np.zeros(1)).shape[0]
     patches = image[0] // patch * (image[1] // patch) if len(image) == 2 else 0
     folded, more = fold_positions(leaves, patches)
@@ -147,8 +152,10 @@ def _open(
     fields = _spec.encoder_fields(leaves, family, count, image, about, half, out)
     _rules.check(found, short)
     leaves = _check.completed(leaves, fields, allowed[0], out)
+    _check.warn_built_without(absent, leaves, out)
+    theirs = {x: names[n] for n, ours in found.matched.items() for x in ours}
+    leaves = complete_heads(leaves, fields, second, theirs, allowed[0], out)
     objective = _spec.objective_of(leaves, second, about, out)
-    _check.check_heads(leaves, fields, objective)
     out.encoder = fields
     out.parameters = sum(x.size for n, x in leaves.items() if n.startswith("encoder/"))
     out.matched = {names[n]: ours for n, ours in found.matched.items()}
@@ -174,6 +181,18 @@ def _open(
         report=out,
         origin=origin,
     )
+
+
+def more_channels(leaves: Leaves, out: Report) -> None:
+    """Let an encoder of grey images take RGB: of a grey image it gives the same."""
+    for name in ("encoder/patch_embed/kernel", "encoder/patch_embed/conv_0/kernel"):
+        kernel = leaves.get(name)
+        if kernel is not None and kernel.ndim == 4 and kernel.shape[2] == 1:
+            leaves[name] = _fit.channels(kernel, _fit.RGB)
+            out.found.append(
+                f"{name} is of one channel (grey); its weights, divided by 3, are used "
+                "for each of the three here"
+            )
 
 
 def split(leaves: Leaves) -> Tree:

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from clvsmim.formats._rules import Leaves
+from clvsmim.formats._rules import Leaves, as_numbers
 from clvsmim.inits import sincos_table
 
 EQUAL = 1e-5  # a sin-cos table saved in float32
@@ -18,6 +18,7 @@ def kind_of_table(table: np.ndarray, half: bool = False) -> tuple[str, float]:
       table: (1, N or 1 + N, D) of a square grid; other tables are "learned".
       half: it was saved in half precision.
     """
+    table = as_numbers(table)
     if table.ndim != 3 or table.dtype.kind not in "fV":  # bfloat16 is "V"
         return "learned", math.inf
     _, rows, width = table.shape

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -63,14 +63,69 @@ def transform(family: str, image: Sequence[int]) -> Transform:
     )
 
 
+def _colour(x: Any, least: float) -> bool:
+    return _list(x) and len(x) == 3 and all(_number(c) and c >= least for c in x)
+
+
+def _list(x: Any) -> bool:
+    return isinstance(x, list | tuple)
+
+
+def _number(x: Any) -> bool:
+    """A finite one of a plausible size; True and False are none."""
+    return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) < 1e5
+
+
+def _side(x: Any) -> bool:
+    return isinstance(x, int) and _number(x) and x > 0
+
+
+def _side_or_sides(x: Any) -> bool:
+    return _side(x) or (isinstance(x, dict) and x != {} and all(map(_side, x.values())))
+
+
+# What is read of the JSON files of both libraries, and what it can be.
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "pretrained_cfg": lambda x: isinstance(x, dict),
+    "input_size": lambda x: _list(x) and len(x) == 3 and all(map(_side, x)),
+    "crop_pct": lambda x: _number(x) and x >= 0.01,
+    "mean": lambda x: _colour(x, 0.0),
+    "std": lambda x: _colour(x, 1e-5),
+    "image_mean": lambda x: _colour(x, 0.0),
+    "image_std": lambda x: _colour(x, 1e-5),
+    "size": _side_or_sides,
+    "crop_size": _side_or_sides,
+    "rescale_factor": _number,
+    "resample": lambda x: isinstance(x, int | str),
+    "interpolation": lambda x: isinstance(x, str),
+    "crop_mode": lambda x: isinstance(x, str),
+}
+
+
+def checked(said: Any) -> dict[str, Any]:
+    """The settings of a JSON file that are not null, if what is read of them can be.
+
+    Raises:
+      ValueError: no JSON object, or a value of another kind.
+    """
+    if not isinstance(said, dict):
+        raise ValueError(f"a preprocessing config that is no object: {said!r:.80}")
+    for key, good in _KINDS.items():
+        if said.get(key) is not None and not good(said[key]):
+            raise ValueError(
+                f"{key}={said[key]!r:.80} in a preprocessing config, which cannot be"
+            )
+    return {key: x for key, x in said.items() if x is not None}
+
+
 def from_timm(said: dict[str, Any]) -> Transform:
     """The transform of a timm model by its `config.json` (or its `pretrained_cfg`).
 
     Raises:
       ValueError: it lacks the size of the input, or wants what is not done here.
     """
-    said = said.get("pretrained_cfg", said)
-    if len(said.get("input_size", ())) != 3:
+    said = checked(checked(said).get("pretrained_cfg", said))
+    if "input_size" not in said:
         raise ValueError(
             "a timm config without input_size=(channels, rows, columns); got "
             f"{sorted(said)}"
@@ -116,6 +171,7 @@ def from_hf(said: dict[str, Any]) -> Transform:
     Raises:
       ValueError: a processor, or a setting of it, that is not known here.
     """
+    said = checked(said)
     name = said.get("image_processor_type") or said.get("feature_extractor_type")
     known = [k for k in _PROCESSORS if str(name).startswith(k)]
     if not known:

@@ -5,6 +5,7 @@ needs torch or safetensors; only .onnx needs the package of that name.
 """
 
 import mmap
+import struct
 import warnings
 from typing import NamedTuple
 
@@ -51,6 +52,7 @@ LOOKALIKES = {
 }
 KINDS = "PyTorch, safetensors, .npz or ONNX"
 DAMAGE = (LookupError, TypeError, OverflowError, RecursionError, MemoryError)
+DAMAGE += (struct.error,)
 
 
 def read(path: str) -> File:

@@ -18,7 +18,8 @@ class Report:
       parameters: of the encoder.
       matched: their name -> our leaves; `moved` are those in another layout.
       dropped: their name -> why.
-      missing: our leaves that were allowed to be missing, left as initialised.
+      missing: our leaves that were allowed to be missing: left as initialised, but for
+        those that a warning says the network was built without.
       found, assumed, warnings: sentences.
     """
 
@@ -45,7 +46,7 @@ class Report:
             ("found", self.found),
             ("assumed", self.assumed),
             ("dropped", grouped(self.dropped)),
-            ("missing, left as initialised", self.missing),
+            ("missing, left as initialised if not warned of", self.missing),
             ("WARNING", self.warnings),
         ):
             lines += [f"  {title}: {row}" for row in rows]

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 Leaves = dict[str, np.ndarray]
+# How far a table of sines may be off in half precision; else 1e-5.
+NEAR = {"float16": 1e-3, "bfloat16": 5e-3}
 
 
 class Op(NamedTuple):
@@ -47,7 +49,7 @@ class Given(NamedTuple):
     Attributes:
       value: (leaves, numbers in the name) -> what it is.
       where: it is written where this leaf (a template) exists among ours; "" is never.
-      compare: the file's must be the same to 1e-5; False for what nobody reads.
+      compare: the file's must be the same to its precision; False: nobody reads it.
     """
 
     theirs: str
@@ -100,7 +102,8 @@ CONV = Op(
 )
 # A 1x1 convolution is a linear map; SimMIM's channels stay in its order (c, dy, dx).
 CONV_1X1 = Op(
-    lambda x, h: (_rank(x, 4)[:, :, 0, 0].T,), lambda xs, h: xs[0].T[:, :, None, None]
+    lambda x, h: (_one_pixel(x)[:, :, 0, 0].T,),
+    lambda xs, h: xs[0].T[:, :, None, None],
 )
 # (3D, D): rows are q, k, v, in each of them the heads one after the other.
 QKV_WEIGHT = Op(
@@ -131,6 +134,12 @@ OUT_WEIGHT = Op(
 def _rank(x: np.ndarray, rank: int) -> np.ndarray:
     if x.ndim != rank:
         raise ValueError(f"has {x.ndim} axes, expected {rank}")
+    return x
+
+
+def _one_pixel(x: np.ndarray) -> np.ndarray:
+    if _rank(x, 4).shape[2:] != (1, 1):
+        raise ValueError("is no 1x1 convolution")
     return x
 
 
@@ -197,9 +206,7 @@ def read(
 def _apply(
     rule: Rule, name: str, x: Any, heads: Callable[[str], int], found: Found
 ) -> tuple[np.ndarray, ...]:
-    x = np.asarray(x)
-    if x.dtype.kind == "V" and x.dtype.itemsize == 2:  # NumPy does not know bfloat16
-        x = x.view(jnp.bfloat16)
+    x = as_numbers(x)
     if x.dtype != np.float32:
         found.cast[name] = x.dtype.name
         if not np.issubdtype(x.dtype, np.floating) and x.dtype.name != "bfloat16":
@@ -212,6 +219,13 @@ def _apply(
             f"{name} of shape {x.shape} is not what is called {name} in these files "
             f"({error}), with {heads(rule.ours[0])} heads"
         ) from error
+
+
+def as_numbers(x: Any) -> np.ndarray:
+    """An array; NumPy does not know bfloat16, and calls it two bytes."""
+    x = np.asarray(x)
+    two = x.dtype.kind == "V" and x.dtype.itemsize == 2
+    return x.view(jnp.bfloat16) if two else x
 
 
 def match(name: str, rules: Sequence[Any]) -> tuple[Any, tuple[str, ...]]:
@@ -241,8 +255,10 @@ def check(found: Found, tensors: Mapping[str, Any]) -> None:
       ValueError: a table of the file is another one: another network.
     """
     for name, given, numbers in found.checks:
-        want, got = given.value(found.leaves, numbers), np.asarray(tensors[name])
-        if got.shape != want.shape or not np.allclose(got, want, rtol=0, atol=1e-5):
+        want, got = given.value(found.leaves, numbers), as_numbers(tensors[name])
+        near = NEAR.get(got.dtype.name, 1e-5)
+        got = got.astype(np.float32) if near > 1e-5 else got
+        if got.shape != want.shape or not np.allclose(got, want, rtol=0, atol=near):
             raise ValueError(
                 f"{name} of shape {got.shape} is not the expected table of shape "
                 f"{want.shape} ({given.why}): this is another network"

@@ -10,8 +10,9 @@ from clvsmim.formats._report import Report
 from clvsmim.formats._rules import Leaves, Rule, fill, match
 from clvsmim.formats._tables import HEAD
 
-# Heads by width, where they are not 64 wide or everybody knows them.
-HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1536: 24, 1664: 16}
+# Heads by width, of the ViTs that everybody knows.
+HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1152: 16, 1280: 16, 1408: 16, 1536: 24}
+HEADS |= {1664: 16}
 ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
@@ -79,7 +80,7 @@ def guess_heads(width: int, family: Family, out: Report) -> int:
             f"the same shapes: --heads={other}"
         )
         return family.heads_of_s
-    heads = HEADS.get(width, width // 64 if width % 64 == 0 else 0)
+    heads = HEADS.get(width, 0)
     if not heads:
         raise ValueError(
             f"shapes do not tell the heads of an encoder {width} wide; say --heads="
@@ -96,6 +97,9 @@ def decoder_head_count(
     if not width:
         return 0
     heads = given or int(about.get("decoder_num_attention_heads", 0))
+    kernel = shapes.get("heads/decoder/block_0/attn/q/kernel", ())
+    if not heads and len(kernel) == 3:  # ours: (D, H, d)
+        return kernel[1]
     if not heads:
         heads = 16
         out.assumed.append("16 heads of the decoder, as in MAE; shapes do not tell")
@@ -119,9 +123,10 @@ def encoder_fields(
     """Every field of `vit.Spec`; what the tensors cannot tell is the family's."""
     at = {name: x.shape for name, x in leaves.items() if name.startswith("encoder/")}
     depth = 1 + max((number_of_block(n) for n in at), default=-1)
-    gaps = [i for i in range(depth) if f"encoder/block_{i}/ln1/scale" not in at]
-    if gaps:
-        raise ValueError(f"block {gaps[0]} of {depth} is not there: the file is cut")
+    blocks = range(depth)  # stop at the first gap: a name may hold a huge number
+    gap = next((i for i in blocks if f"encoder/block_{i}/ln1/scale" not in at), depth)
+    if gap < depth:
+        raise ValueError(f"block {gap} of {depth} is not there: the file is cut")
     stem, patch = stem_of(at)
     if stem == "conv":
         out.warnings.append("the names of the conv stem are from documentation only")
@@ -265,7 +270,7 @@ def objective_of(
     """The settings of the objective whose heads came along, as far as they tell."""
     at = {name: x.shape for name, x in leaves.items() if name.startswith("heads/")}
     if "heads/decoder/proj/kernel" in at:
-        depth = len([n for n in at if n.endswith("ln1/scale")])
+        depth = len({n.split("/")[2] for n in at if "/block_" in n})
         width = at["heads/decoder/proj/kernel"][1]
         out.assumed.append(
             "norm_pix: pixels normalised per patch (MAE's *_visualize files were "
@@ -290,6 +295,6 @@ def objective_of(
         }
     found = {"name": "moco_v3"}
     for name in ("projector", "predictor"):
-        kernels = [x for n, x in at.items() if n.startswith(f"heads/{name}/fc_")]
-        found |= {name: tuple(x[1] for x in kernels)} if kernels else {}
+        kernels = sorted(n for n in at if n.startswith(f"heads/{name}/fc_"))
+        found |= {name: tuple(at[n][1] for n in kernels)} if kernels else {}
     return found if len(found) == 3 else None

@@ -1,5 +1,7 @@
 """Hugging Face's Dinov2 and Dinov2WithRegisters."""
 
+import numpy as np
+
 from clvsmim.formats._configs import hf_config
 from clvsmim.formats._evaluation import Evaluation
 from clvsmim.formats._family import CORE, PATH, Family, Look, under
@@ -72,8 +74,18 @@ def recognise(look: Look) -> str:
 
 
 def unfold(leaves: Leaves, folded: tuple[str, ...]) -> Leaves:
-    """With a mask token and biases of the keys, which its code always has."""
-    return with_mask_token(zero_key_bias(leaves), folded)
+    """With what its code always has: a mask token, biases of keys, layer scale."""
+    return with_mask_token(with_layer_scale(zero_key_bias(leaves)), folded)
+
+
+def with_layer_scale(leaves: Leaves) -> Leaves:
+    """Ones, which change nothing, in the blocks that have no layer scale."""
+    ones = {}
+    for name, x in leaves.items():
+        block, _, leaf = name.partition("/ln1/")
+        if name.startswith("encoder/block_") and leaf == "scale":
+            ones |= {f"{block}/gamma_{i}": np.ones_like(x) for i in (1, 2)}
+    return ones | leaves
 
 
 def config(leaves: Leaves, encoder: dict, decoder_heads: int) -> dict:
@@ -95,5 +107,5 @@ def config(leaves: Leaves, encoder: dict, decoder_heads: int) -> dict:
         else (round(encoder["mlp_ratio"])),
         "use_swiglu_ffn": gated,
         "qkv_bias": encoder["qkv_bias"] != "none",
-        "layerscale_value": encoder["layer_scale"],
+        "layerscale_value": encoder["layer_scale"] or 1.0,
     }
