@@ -5,6 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
+import torchvision_stub
 from PIL import Image
 
 from clvsmim import formats, views
@@ -282,6 +283,7 @@ PROCESSORS = {
 def test_pixels_are_those_of_the_live_processor(module):
     """By the settings that the processor itself writes."""
     transformers = pytest.importorskip("transformers")
+    torchvision_stub.install()
     name, changes = PROCESSORS[module]
     processor = getattr(transformers, name)(**changes)
     given = preprocess.from_hf(processor.to_dict())

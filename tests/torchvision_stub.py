@@ -1,4 +1,4 @@
-"""Lets timm be imported where torchvision cannot be had.
+"""Lets timm and transformers be imported where torchvision cannot be had.
 
 timm imports torchvision for its image transforms and data sets, of which the tests of
 checkpoint formats use nothing. What pip finds as torchvision is built for CUDA and
@@ -14,6 +14,8 @@ MODULES = (
     "torchvision",
     "torchvision.transforms",
     "torchvision.transforms.functional",
+    "torchvision.transforms.v2",  # transformers asks for these two
+    "torchvision.transforms.v2.functional",
     "torchvision.datasets",
     "torchvision.ops",
     "torchvision.ops.misc",
