@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import pathlib
 import re
+import subprocess
 import sys
 
 import jax
@@ -201,6 +202,20 @@ def test_law_only_build_and_the_commands_see_a_config():
 def test_law_metrics_need_jax_numpy_and_the_plugin_loader():
     rooms = {name: rooms_of(name) for name in NAMES if room(name) == "metrics"}
     assert len(rooms) >= 4 and set().union(*rooms.values()) == {"plugin"}
+
+
+def test_law_no_import_starts_a_device():
+    """`jax.distributed` and the settings of `clvsmim aot` come before the devices."""
+    names = [f"clvsmim.{name}" for name in NAMES if not name.endswith("__main__")]
+    program = f"""
+import importlib
+from jax._src import xla_bridge
+for name in {names}:
+    importlib.import_module(name)
+    assert not xla_bridge._backends, name
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-500:]
 
 
 # They pass keywords on to what checks them by name, or name the leaves of a tree.

@@ -16,7 +16,6 @@ from clvsmim.formats._tables import HEAD
 from clvsmim.heads import MLPHead, PixelDecoder
 
 TOKEN = "heads/mask_token"
-KEY = jax.random.key(0)
 
 
 def complete_heads(
@@ -119,21 +118,23 @@ def mae_decoder(at: Mapping[str, tuple], spec: vit.Spec, heads: int) -> dict:
         )
     wide = {"width": width, "depth": depth, "heads": max(heads, 1)}
     decoder = vit.Decoder(vit.decoder_spec(spec, **wide))
-    params = decoder.init(KEY, jnp.zeros((1, spec.tokens, spec.width)))["params"]
+    params = decoder.init(jax.random.key(0), jnp.zeros((1, spec.tokens, spec.width)))[
+        "params"
+    ]
     return {TOKEN: mask_token(width)} | tree.named({"heads": {"decoder": params}})
 
 
 def simmim_decoder(spec: vit.Spec) -> dict[str, jax.Array]:
     """SimMIM's mask token, and its linear map to the pixels of a patch."""
     decoder = PixelDecoder(3 * spec.patch**2)
-    params = decoder.init(KEY, jnp.zeros((1, 1, spec.width)))["params"]
+    params = decoder.init(jax.random.key(0), jnp.zeros((1, 1, spec.width)))["params"]
     made = tree.named({"heads": {"decoder": params}})
     return {TOKEN: mask_token(spec.width)} | made
 
 
 def mask_token(width: int) -> jax.Array:
     """(1, 1, width)."""
-    return 0.02 * jax.random.normal(KEY, (1, 1, width))
+    return 0.02 * jax.random.normal(jax.random.key(0), (1, 1, width))
 
 
 def linear(name: str, width: int, count: int) -> dict[str, jax.Array]:
@@ -152,7 +153,7 @@ def number_of(at: Mapping[str, tuple], name: str, other: int) -> int:
 
 def mlp_head(name: str, width: int, sizes: tuple[int, ...]) -> dict[str, jax.Array]:
     """MoCo v3's projector or predictor, with its batch statistics."""
-    found = MLPHead(sizes).init(KEY, jnp.zeros((2, width)), True)
+    found = MLPHead(sizes).init(jax.random.key(0), jnp.zeros((2, width)), True)
     made = tree.named({"heads": {name: found["params"]}})
     return made | tree.named({"stats": {"heads": {name: found["stats"]}}})
 
