@@ -20,9 +20,19 @@ from clvsmim.formats._preprocess import (
     view,
 )
 
+__all__ = [
+    "Opened",
+    "Transform",
+    "colour",
+    "evaluation",
+    "facts",
+    "find",
+    "name_of",
+    "open_run",
+    "transform_of",
+    "view",
+]
 # What Hugging Face's libraries call the file in a folder, the best one first.
-__all__ = ["Opened", "Transform", "colour", "evaluation", "facts", "find"]
-__all__ += ["name_of", "open_run", "transform_of", "view"]
 INSIDE = ("model.safetensors", "pytorch_model.bin")
 PLAIN_NAMES = ("model", "pytorch_model", "checkpoint", "weights")
 FLAGS = ("format", "branch", "heads", "decoder_heads", "image", "partial", "ignore")

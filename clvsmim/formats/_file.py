@@ -4,6 +4,7 @@ from etils import epath
 
 from clvsmim.formats._about import read_about
 from clvsmim.formats._open import Opened, open_tensors
+from clvsmim.formats._read import read
 
 
 def open_file(
@@ -25,8 +26,6 @@ def open_file(
     Raises:
       ValueError: one line: no file of tensors, or as `open_tensors`.
     """
-    from clvsmim.formats._read import read
-
     file = read(path)
     beside = epath.Path(path).parent / "config.json"
     about = read_about(beside.read_bytes()) if beside.exists() else {}
