@@ -64,6 +64,14 @@ def test_the_published_size_of_an_encoder():
     assert some / flops.encode(spec) == pytest.approx(0.247, rel=2e-2)
 
 
+def test_a_gated_mlp_has_three_products(program):
+    plain = program("simmim").objective.encoder.spec
+    gated = dataclasses.replace(plain, mlp="swiglu")
+    more = flops.encode(gated) - flops.encode(plain)
+    hidden = round(plain.mlp_ratio * plain.width)
+    assert more == plain.depth * flops.linear(plain.tokens, plain.width, hidden)
+
+
 def test_frozen_parts_have_a_forward_pass_alone():
     assert flops.Forward(trained=2.0, frozen=5.0).step == 11.0
     assert flops.mlp(4, (3, 2)) == 2 * (12 + 6)
