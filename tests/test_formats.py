@@ -13,7 +13,7 @@ import pytest
 from models import MAE, MOCO, SIMMIM, TINY, close, tiny, tiny_mae, tiny_simmim
 
 from clvsmim import formats, inits, masks, plugin, tree, vit
-from clvsmim.formats import _positions, _spec
+from clvsmim.formats import _check, _positions, _spec
 from clvsmim.formats._report import Report
 from clvsmim.objectives import mae, simmim
 
@@ -667,6 +667,20 @@ def test_our_own_names_open_again(golden):
     assert again.family == "ours" and again.encoder["position"] == "mae_sincos"
     jax.tree.map(np.testing.assert_array_equal, found.params, again.params)
     assert again.objective == found.objective
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        MAE,
+        SIMMIM | {"relative": "per_block"},
+        MOCO | {"stem": "conv", "patch": 16},
+    ],
+    ids=["mae", "simmim", "conv"],
+)
+def test_the_shapes_of_all_blocks_follow_from_one(fields):
+    full = jax.eval_shape(lambda: _check.init(fields))
+    assert _check.expected(fields) == full
 
 
 def test_a_conv_stem(golden):

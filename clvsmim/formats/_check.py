@@ -134,8 +134,16 @@ def completed(
 
 
 def expected(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Shapes of the encoder's leaves and batch statistics by our names."""
-    return jax.eval_shape(lambda: init(fields))
+    """Shapes of the encoder's leaves and batch statistics by our names.
+
+    All blocks are alike, so one is traced: twelve take longer than reading the file.
+    """
+    shapes = jax.eval_shape(lambda: init({**fields, "depth": 1}))
+    return {
+        name.replace("/block_0/", f"/block_{i}/"): shape
+        for name, shape in shapes.items()
+        for i in range(fields["depth"] if "/block_0/" in name else 1)
+    }
 
 
 def initial(fields: Mapping[str, Any], names: list[str]) -> Leaves:
