@@ -60,7 +60,8 @@ def write(
     Its meta.json has the facts and the SHA-256 of every other file.
     """
     arrays = {name: np.asarray(x, dtype) for name, x in tree.named(whole).items()}
-    save_arrays(f"{folder}/{WEIGHTS}", arrays)
+    # What is shipped in halves is made as small as it gets.
+    save_arrays(f"{folder}/{WEIGHTS}", arrays, small=dtype is np.float16)
     for name, text in logs.items():
         # No time of writing inside: the same log makes the same file.
         write_whole(f"{folder}/{name}.gz", gzip.compress(text, mtime=0))
