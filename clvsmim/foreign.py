@@ -11,20 +11,11 @@ from etils import epath
 
 from clvsmim import formats, packed
 from clvsmim.formats import Opened
-from clvsmim.formats._about import read_about
-from clvsmim.formats._preprocess import (
-    Transform,
-    from_hf,
-    from_timm,
-    transform,
-    view,
-)
+from clvsmim.formats._preprocess import Transform, view
 
 __all__ = [
     "Opened",
     "Transform",
-    "colour",
-    "evaluation",
     "facts",
     "find",
     "name_of",
@@ -65,39 +56,9 @@ def open_run(path: str, *, heads: int = 0) -> Opened:
         raise ValueError(f"{error}{hint if asked else ''}") from error
 
 
-def evaluation(path: str, opened: Opened) -> Transform | None:
-    """How the images of a file are prepared: by what lies beside it, else its family.
-
-    None for a file of ours, whose run knows it.
-    """
-    size = tuple(opened.encoder["image"])
-    for name, read in (
-        ("preprocessor_config.json", from_hf),
-        ("config.json", from_timm),
-    ):
-        beside = epath.Path(path).parent / name
-        if not beside.exists():
-            continue
-        try:
-            found = read(read_about(beside.read_bytes()))
-        except ValueError:  # of another model, or with steps that are not done here
-            continue
-        if found.crop == size:
-            return found
-    if opened.family == "ours":
-        return None
-    return transform(opened.family, size)._replace(**opened.input)
-
-
-def colour(path: str, opened: Opened) -> dict[str, tuple]:
-    """{"mean", "std"} of the input, as `evaluation` normalises it."""
-    found = evaluation(path, opened)
-    return {"mean": found.mean, "std": found.std} if found else dict(opened.input)
-
-
 def facts(path: str, opened: Opened, source: str = "") -> dict[str, Any]:
     """What is remembered of a file: plain values, for meta.json and series.json."""
-    found = evaluation(path, opened)
+    found = opened.transform
     return {
         "path": source or str(path),
         "name": name_of(source or path),

@@ -93,7 +93,7 @@ def adopted(path: str, opened: foreign.Opened, source: str = "") -> Trained:
         "seed": 0,  # and no image: what they were, nobody knows
         "batch": 0,
         "encoder": opened.encoder,
-        "input": foreign.colour(path, opened),
+        "input": opened.input,
         "objective": objective_of(opened),
     }
     encoder = build.make_encoder(config["encoder"])

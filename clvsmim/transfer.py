@@ -102,7 +102,7 @@ def of_file(path: str, heads: int = 0) -> Given:
     return Given(
         {"params": opened.params["encoder"], "stats": opened.extra["encoder"]},
         vit.make(**opened.encoder).spec,
-        foreign.colour(path, opened),
+        opened.input,
         opened.family,
         str(opened.report),
     )
@@ -137,7 +137,7 @@ def settings_of(workdir: str) -> dict[str, Any]:
     file = foreign.find(folder)
     if file:
         opened = foreign.open_run(file)
-        return {"encoder": opened.encoder, "input": foreign.colour(file, opened)}
+        return {"encoder": opened.encoder, "input": opened.input}
     about = read_meta(folder)
     if about is None:
         raise ValueError(

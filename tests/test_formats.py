@@ -352,7 +352,8 @@ def test_the_heads_of_a_vit_s_are_named(table, family, heads, other):
     (line,) = [x for x in found.report.assumed if "heads" in x]
     assert f"--heads={other}" in line and "MoCo v3's" in line
     found = formats.open_tensors(core(width=384, table=table), heads=other)
-    assert found.encoder["heads"] == other and not found.report.assumed
+    assert found.encoder["heads"] == other
+    assert not [x for x in found.report.assumed if "heads" in x]
     shape = found.params["encoder"]["block_0"]["attn"]["q"]["kernel"].shape
     assert shape == (384, other, 384 // other)
 
@@ -657,7 +658,7 @@ def test_timms_config_tells_colour_and_pooling():
     assert found.objective["pool"] == "patches"
     found = formats.open_tensors(core() | HEAD, heads=3)
     assert found.objective["pool"] == "cls"
-    assert "AugReg" in str(found.report)
+    assert found.input["mean"] == (0.5,) * 3  # AugReg's; others of timm differ
 
 
 def test_our_own_names_open_again(golden):

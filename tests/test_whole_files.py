@@ -217,10 +217,15 @@ def test_damage_is_one_line_wherever_it_is_seen(monkeypatch, tmp_path):
         _read.read("x.pth")
 
 
-def test_a_json_file_that_is_none_says_nothing():
+def test_a_json_file_beside_is_an_object_or_refused(tmp_path):
+    weights, place = str(tmp_path / "x.pth"), tmp_path / "config.json"
+    assert _about.beside(weights, "config.json") == {}
     for text in (b"[" * 200_000, b"\xff\xfe{}\x80", b"[1]", b""):
-        assert _about.read_about(text) == {}
-    assert _about.read_about('{"é": 1}'.encode()) == {"é": 1}
+        place.write_bytes(text)
+        with pytest.raises(ValueError, match="config.json is no JSON object"):
+            _about.beside(weights, "config.json")
+    place.write_bytes('{"é": 1}'.encode())
+    assert _about.beside(weights, "config.json") == {"é": 1}
 
 
 HF = {"image_processor_type": "BitImageProcessor"}

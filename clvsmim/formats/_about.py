@@ -1,13 +1,13 @@
-"""config.json, as Hugging Face and timm put it beside their weights."""
+"""The JSON files that Hugging Face and timm put beside their weights."""
 
 import json
 import math
 from collections.abc import Mapping
 from typing import Any
 
+from etils import epath
+
 from clvsmim import plugin
-from clvsmim.formats._evaluation import IMAGENET
-from clvsmim.formats._family import Family
 from clvsmim.formats._spec import ACTIVATIONS
 
 # What is read of it, and of which kind.
@@ -59,17 +59,22 @@ def _pretrained(x: Any) -> bool:
     )
 
 
-def colour_of(family: Family, about: Mapping[str, Any]) -> dict[str, tuple]:
-    """Mean and std of the input: by config.json of timm, else the family's."""
-    said = about.get("pretrained_cfg", {})
-    own = family.evaluation.colour if family.evaluation else IMAGENET
-    return {k: tuple(said.get(k, own[k])) for k in ("mean", "std")}
+def beside(path: str, name: str) -> dict[str, Any]:
+    """The JSON object in the file `name` beside `path`; {} where there is none.
 
-
-def read_about(text: bytes) -> dict[str, Any]:
-    """config.json, or {} where it is no JSON object: not in UTF-8, or too deep."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
+    Raises:
+      ValueError: it is no JSON object: cut off, not in UTF-8, or too deep.
+    """
+    place = epath.Path(path).parent / name
+    if not place.exists():
         return {}
-    return found if isinstance(found, dict) else {}
+    try:
+        found = json.loads(place.read_bytes())
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{place} is no JSON object, and is read with {path}; fetch it again, or "
+            "remove it"
+        )
+    return found

@@ -1,8 +1,7 @@
 """A file on disk as one of our networks."""
 
-from etils import epath
-
-from clvsmim.formats._about import read_about
+from clvsmim.formats._about import beside
+from clvsmim.formats._images import CONFIG, PROCESSOR
 from clvsmim.formats._open import Opened, open_tensors
 from clvsmim.formats._read import read
 
@@ -21,14 +20,14 @@ def open_file(
     """Read a .pth, .safetensors, .npz or .onnx file, and `open_tensors` what it holds.
 
     A config.json beside it (Hugging Face, timm) is read too: it tells heads, epsilons
-    and activations, which shapes do not.
+    and activations, which shapes do not. So is preprocessor_config.json (Hugging Face),
+    which tells how images are prepared.
 
     Raises:
-      ValueError: one line: no file of tensors, or as `open_tensors`.
+      ValueError: one line: no file of tensors, JSON beside it that is none, or as
+        `open_tensors`.
     """
     file = read(path)
-    beside = epath.Path(path).parent / "config.json"
-    about = read_about(beside.read_bytes()) if beside.exists() else {}
     opened = open_tensors(
         file.tensors,
         format=format,
@@ -38,7 +37,8 @@ def open_file(
         image=image,
         partial=partial,
         ignore=ignore,
-        about=about,
+        about=beside(path, CONFIG),
+        processor=beside(path, PROCESSOR),
         source=str(path),
     )
     report = opened.report

@@ -7,11 +7,13 @@ import numpy as np
 
 from clvsmim import tree
 from clvsmim.formats import _check, _fit, _rules, _spec
-from clvsmim.formats._about import check_about, colour_of
+from clvsmim.formats._about import check_about
 from clvsmim.formats._choose import choose, select
 from clvsmim.formats._family import Family, Look
 from clvsmim.formats._heads import complete_heads
+from clvsmim.formats._images import images_of
 from clvsmim.formats._positions import fold_positions
+from clvsmim.formats._preprocess import Transform
 from clvsmim.formats._report import Report
 from clvsmim.formats._rules import Leaves
 
@@ -45,6 +47,8 @@ class Opened(NamedTuple):
       family: the module of `formats` whose table read it.
       encoder: every field of `vit.Spec`.
       input: {"mean", "std"} that its images want, as `config.input`.
+      transform: how its images are prepared for evaluation; None for a file of ours
+        with nothing beside it, whose run knows.
       params: {"encoder", "heads"}: float32, our names, NumPy.
       extra: {"encoder", "heads"}: batch statistics; {} where there are none.
       objective: settings of the objective whose heads came along, those that the file
@@ -56,6 +60,7 @@ class Opened(NamedTuple):
     family: str
     encoder: dict[str, Any]
     input: dict[str, tuple]
+    transform: Transform | None
     params: Tree
     extra: Tree
     objective: dict[str, Any] | None
@@ -74,6 +79,7 @@ def open_tensors(
     partial: tuple[str, ...] = (),
     ignore: tuple[str, ...] = (),
     about: Mapping[str, Any] | None = None,
+    processor: Mapping[str, Any] | None = None,
     source: str = "",
 ) -> Opened:
     """Recognise a family by names and shapes, and map its tensors.
@@ -90,6 +96,7 @@ def open_tensors(
         without a part that it can lack ("encoder/ln_final/.*").
       ignore: regular expressions of tensors in the file to leave out.
       about: config.json of Hugging Face or timm, if there is one.
+      processor: preprocessor_config.json of Hugging Face, if there is one.
       source: what to call it in messages.
 
     Raises:
@@ -107,6 +114,7 @@ def open_tensors(
             tuple(image),
             (partial, ignore),
             check_about(about or {}),
+            processor or {},
             source,
         )
     except ValueError as error:
@@ -121,6 +129,7 @@ def _open(
     image: tuple[int, ...],
     allowed: tuple[tuple[str, ...], tuple[str, ...]],
     about: Mapping[str, Any],
+    processor: Mapping[str, Any],
     source: str,
 ) -> Opened:
     out = Report(source=source)
@@ -161,7 +170,8 @@ def _open(
     out.matched = {names[n]: ours for n, ours in found.matched.items()}
     out.moved = [names[n] for n in found.moved]
     out.dropped = {names[n]: why for n, why in found.dropped.items()} | others
-    describe(out, leaves, found, family, about, objective)
+    describe(out, leaves, found, family, objective)
+    colour, transform = images_of(out.family, fields["image"], about, processor, out)
     parts = split(leaves)
     origin = Origin(
         out.family,
@@ -174,7 +184,8 @@ def _open(
     return Opened(
         family=out.family,
         encoder=fields,
-        input=colour_of(family, about),
+        input=colour,
+        transform=transform,
         params={k: parts["params"].get(k, {}) for k in ("encoder", "heads")},
         extra={k: parts["extra"].get(k, {}) for k in ("encoder", "heads")},
         objective=objective,
@@ -209,7 +220,6 @@ def describe(
     leaves: Leaves,
     found: _rules.Found,
     family: Family,
-    about: Mapping[str, Any],
     objective: dict[str, Any] | None,
 ) -> None:
     """Fill in what a user should know before trusting the file."""
@@ -230,7 +240,5 @@ def describe(
     if found.cast:
         kinds = ", ".join(sorted(set(found.cast.values())))
         out.found.append(f"{len(found.cast)} tensors in {kinds}, float32 here")
-    mean, std = (colour_of(family, about)[k] for k in ("mean", "std"))
-    out.found.append(f"input mean {mean}, std {std}")
     where = family.checked or "names from documentation only, nobody's file was read"
     out.found.append(f"the table is checked against {where}")

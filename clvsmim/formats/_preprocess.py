@@ -186,10 +186,8 @@ def from_hf(said: dict[str, Any]) -> Transform:
         **_PROCESSORS[known[0]],
         **said,
     }
-    steps = ("do_resize", "do_rescale", "do_normalize")
-    scale = said.get("rescale_factor", 1 / 255)
-    if not all(said.get(step, True) for step in steps) or abs(255 * scale - 1) > 1e-6:
-        found = {k: said[k] for k in (*steps, "rescale_factor") if k in said}
+    if not _usual_steps(said):
+        found = {k: said[k] for k in (*_STEPS, "rescale_factor") if k in said}
         raise ValueError(
             f"{found} in a preprocessor_config.json; expected to resize, to divide by "
             "255 and to normalise"
@@ -212,6 +210,26 @@ def from_hf(said: dict[str, Any]) -> Transform:
         mean=tuple(said["image_mean"]),
         std=tuple(said["image_std"]),
     )
+
+
+_STEPS = ("do_resize", "do_rescale", "do_normalize")
+
+
+def _usual_steps(said: dict[str, Any]) -> bool:
+    """Whether mean and std are of pixels in [0, 1], as ours."""
+    scale = said.get("rescale_factor", 1 / 255)
+    return all(said.get(step, True) for step in _STEPS) and abs(255 * scale - 1) <= 1e-6
+
+
+def hf_colour(said: dict[str, Any]) -> dict[str, tuple]:
+    """What a `preprocessor_config.json` says of "mean" and "std", of any processor."""
+    keys = ("mean", "std") if _usual_steps(said) else ()
+    return {k: tuple(said[f"image_{k}"]) for k in keys if f"image_{k}" in said}
+
+
+def timm_colour(said: dict[str, Any]) -> dict[str, tuple]:
+    """The same of timm's."""
+    return {k: tuple(said[k]) for k in ("mean", "std") if k in said}
 
 
 def view(given: Transform) -> CenterCrop:

@@ -27,7 +27,6 @@ def make() -> Family:
             f"encoder/ln_final/scale|{HEAD}/fc_norm/scale",
         ),
         fields={"layer_scale": 1e-5},
-        fold=fold,
         unfold=unfold,
         config=config,
         evaluation=Evaluation(HALVES, share=0.9, whole=384),
@@ -46,13 +45,6 @@ def recognise(look: Look) -> str:
     if flat and head and look.table == "learned":
         return "timm's names, learned positions, a classifier"
     return ""
-
-
-def fold(leaves: Leaves, about: dict) -> list[str]:
-    """Nothing to fold; say what a file of timm does not tell."""
-    if about.get("pretrained_cfg"):
-        return ["input mean and std by config.json"]
-    return ["timm's AugReg and many other models want mean and std 0.5, not ImageNet's"]
 
 
 def unfold(leaves: Leaves, folded: tuple[str, ...]) -> Leaves:
