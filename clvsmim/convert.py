@@ -212,11 +212,12 @@ def export(network: Network, dest: str, to: str) -> list[str]:
     if found.left:
         left = ", ".join(sorted({name.rsplit("/", 1)[0] for name in found.left}))
         lines.append(f"  left out, for {to} has no place for it: {left}")
+    view = prepared(network)
+    if not found.config:
+        lines += lost_colour(view, to)
     texts = {
         str(epath.Path(dest).parent / name): json.dumps(content, indent=2) + "\n"
-        for name, content in handover.beside(
-            found.config, encoder, prepared(network), to
-        ).items()
+        for name, content in handover.beside(found.config, encoder, view, to).items()
     }
     for path in texts:
         free(path)
@@ -229,6 +230,17 @@ def export(network: Network, dest: str, to: str) -> list[str]:
             write_whole(dest, handover.safetensors(found.tensors))
     lines.append(f"wrote {dest}: {len(found.tensors)} tensors for {to}")
     return lines + [f"wrote {path}" for path in texts]
+
+
+def lost_colour(view: foreign.Transform, to: str) -> list[str]:
+    """A line where the code of a family normalises otherwise, and no file tells it."""
+    usual = plugin.find("formats", to)().evaluation.colour
+    if (view.mean, view.std) == (usual["mean"], usual["std"]):
+        return []
+    return [
+        f"  left out, for {to} has no place for it: input mean {view.mean}, std "
+        f"{view.std}; its code has {usual['mean']} and {usual['std']}"
+    ]
 
 
 def prepared(network: Network) -> foreign.Transform:

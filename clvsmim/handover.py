@@ -20,6 +20,7 @@ ARCHITECTURES = {
     "VisionTransformerDistilled": "deit_base_distilled_patch16_224",
     "Beit": "beit_base_patch16_224",
 }
+GATED = "vit_giant_patch14_dinov2"  # whose MLP is a SwiGLU
 
 
 def safetensors(tensors: dict[str, np.ndarray]) -> bytes:
@@ -59,7 +60,7 @@ def beside(
     """
     if not config:
         return {}
-    if not to.startswith("hf_"):
+    if not to.startswith("hf_") and to != "ours":
         return {"config.json": for_timm(config, encoder, view)}
     both = isinstance(view.resize, tuple)
     sides = dict(zip(("height", "width"), view.crop, strict=True))
@@ -91,8 +92,9 @@ def for_timm(
     rows, columns = view.crop
     side = max(view.resize) if isinstance(view.resize, tuple) else view.resize
     more = {"act_layer": "gelu_tanh"} if config["mlp"] == "gelu_tanh" else {}
+    plain = ARCHITECTURES[config["class"].rsplit(".", 1)[-1]]
     return {
-        "architecture": ARCHITECTURES[config["class"].rsplit(".", 1)[-1]],
+        "architecture": GATED if config["mlp"] == "swiglu" else plain,
         "num_classes": config["arguments"]["num_classes"],
         "num_features": encoder["width"],
         "num_attention_heads": encoder["heads"],
@@ -101,6 +103,7 @@ def for_timm(
             "input_size": [3, rows, columns],
             "interpolation": view.filter,
             "crop_pct": max(view.crop) / side,
+            "crop_mode": "squash" if isinstance(view.resize, tuple) else "center",
             "mean": list(view.mean),
             "std": list(view.std),
             "num_classes": config["arguments"]["num_classes"],

@@ -8,7 +8,7 @@ from typing import Any
 from etils import epath
 
 from clvsmim import plugin
-from clvsmim.formats._spec import ACTIVATIONS
+from clvsmim.formats._spec import ACTIVATIONS, activation_of
 
 # What is read of it, and of which kind.
 COUNTS = ("num_attention_heads", "decoder_num_attention_heads")
@@ -26,11 +26,12 @@ def check_about(about: Mapping[str, Any]) -> Mapping[str, Any]:
         *((key, _number) for key in NUMBERS),
         ("image_size", _size),
         ("pretrained_cfg", _pretrained),
+        ("model_args", lambda x: isinstance(x, dict)),
     ):
         if key in about and not good(about[key]):
             raise ValueError(f"config.json has {key}={about[key]!r}, which cannot be")
-    if "hidden_act" in about and str(about["hidden_act"]) not in ACTIVATIONS:
-        got = str(about["hidden_act"])
+    got = activation_of(about)
+    if got and got not in ACTIVATIONS:
         raise ValueError(plugin.unknown("activation in config.json", got, ACTIVATIONS))
     return about
 

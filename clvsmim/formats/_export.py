@@ -49,12 +49,15 @@ def export(
         given back as they were, if it was of the same family.
 
     Raises:
-      ValueError: the family has no place for a part of the encoder, or needs one.
+      ValueError: the family has no place for a part or a setting of the encoder, or
+        needs a part.
     """
     family = plugin.find("formats", to)()
     leaves = {n: np.asarray(x, np.float32) for n, x in tree.named(params).items()}
     leaves |= {f"stats/{n}": np.asarray(x) for n, x in tree.named(extra).items()}
     same = origin is not None and origin.family == to
+    if not (same and origin.about):  # which is written again, and tells
+        refuse_unsaid(encoder, family)
     own = (
         family.unfold(leaves, origin.folded if same else ())
         if family.unfold
@@ -96,6 +99,16 @@ def refuse_left(left: list[str], title: str) -> None:
         raise ValueError(
             f"a {title} has no place for {some(left)}: it would be another network"
         )
+
+
+def refuse_unsaid(encoder: Mapping[str, Any], family: Family) -> None:
+    """Raise ValueError if a setting of the encoder would be another one over there."""
+    for field, can in family.can.items():
+        if encoder[field] not in can:
+            raise ValueError(
+                f"a {family.title} has no place for {field}={encoder[field]!r}, its "
+                f"code has {' or '.join(map(repr, can))}: it would be another network"
+            )
 
 
 def as_it_was(

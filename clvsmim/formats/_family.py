@@ -64,6 +64,8 @@ class Family(NamedTuple):
       rules, givens, drops: the table; see `_rules`.
       needs: leaves that every such file has; "a|b" is either.
       fields: of `vit.Spec`, which the tensors cannot tell.
+      can: field of `vit.Spec` -> the values that its code, or what is written beside
+        its tensors, can have; any where a field is not named.
       heads_of_s: heads of its 384-wide ViT.
       evaluation: how its images are prepared; None for files of ours, whose run
         knows.
@@ -86,6 +88,7 @@ class Family(NamedTuple):
     drops: tuple[Drop, ...] = ()
     needs: tuple[str, ...] = ()
     fields: dict[str, Any] = {}
+    can: dict[str, tuple] = {"mlp": ("gelu",), "norm_eps": (1e-6,)}
     heads_of_s: int = 6
     evaluation: Evaluation | None = Evaluation()
     aliases: tuple[tuple[str, str], ...] = ()

@@ -15,6 +15,7 @@ HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1152: 16, 1280: 16, 1408: 16, 1536: 
 HEADS |= {1664: 16}
 ACTIVATIONS = {
     "gelu": "gelu",
+    "gelu_tanh": "gelu_tanh",  # as timm calls it
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
@@ -133,7 +134,7 @@ def encoder_fields(
     width = at["encoder/block_0/ln1/scale"][-1]
     hidden = at["encoder/block_0/mlp/fc2/kernel"][0]
     gated = at["encoder/block_0/mlp/fc1/kernel"][-1] == 2 * hidden
-    activation = ACTIVATIONS[about["hidden_act"]] if "hidden_act" in about else ""
+    activation = ACTIVATIONS.get(activation_of(about), "")
     registers = at.get("encoder/registers", (1, 0))[1]
     prefix = 1 + registers if "encoder/cls_token" in at else 0
     relative = "none"
@@ -182,6 +183,13 @@ def encoder_fields(
             "exact one: encoder.mlp=gelu"
         )
     return fields
+
+
+def activation_of(about: Mapping) -> str:
+    """What config.json of Hugging Face or of timm calls it; "" if it does not say."""
+    return str(
+        about.get("hidden_act") or about.get("model_args", {}).get("act_layer", "")
+    )
 
 
 def number_of_block(name: str) -> int:

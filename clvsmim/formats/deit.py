@@ -39,6 +39,7 @@ def make() -> Family:
         ),
         unfold=unfold,
         config=config,
+        can={"mlp": ("gelu", "gelu_tanh"), "norm_eps": (1e-6,)},
         checked="timm's VisionTransformerDistilled",
     )
 

@@ -26,6 +26,7 @@ def make() -> Family:
         aliases=((r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),),
         needs=(*CORE, "encoder/pos_embed", "encoder/ln_final/scale"),
         fields={"layer_scale": 1e-5},
+        can={"mlp": ("gelu", "swiglu"), "norm_eps": (1e-6,)},
         unfold=unfold,
         checked="timm's converter of its files",
     )

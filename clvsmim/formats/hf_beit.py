@@ -58,6 +58,7 @@ def make() -> Family:
         ),
         needs=CORE,
         fields={"layer_scale": 0.1, "norm_eps": 1e-12},
+        can={"mlp": ("gelu", "gelu_tanh")},
         evaluation=Evaluation(HALVES, share=1.0, squeeze=True, floor=True),
         config=config,
         checked="transformers",

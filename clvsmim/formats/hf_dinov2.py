@@ -59,6 +59,7 @@ def make() -> Family:
         aliases=HF_ALIASES,
         needs=(*CORE, "encoder/pos_embed", "encoder/ln_final/scale"),
         fields={"layer_scale": 1.0},
+        can={},
         unfold=unfold,
         config=config,
         evaluation=Evaluation(floor=True),

@@ -49,6 +49,7 @@ def make() -> Family:
         aliases=(*HF_ALIASES, *HF_MLP_ALIASES),
         needs=(*CORE, "encoder/pos_embed", "encoder/ln_final/scale"),
         fields={"norm_eps": 1e-12},
+        can={"mlp": ("gelu", "gelu_tanh")},
         evaluation=Evaluation(HALVES, "bilinear", 1.0, squeeze=True, floor=True),
         unfold=unfold,
         config=config,

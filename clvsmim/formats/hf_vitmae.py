@@ -37,6 +37,7 @@ def make() -> Family:
         aliases=(*HF_ALIASES, *HF_MLP_ALIASES),
         needs=(*CORE, "encoder/pos_embed", "encoder/ln_final/scale"),
         fields={"init": "mae", "position": "mae_sincos", "norm_eps": 1e-12},
+        can={"mlp": ("gelu", "gelu_tanh")},
         evaluation=Evaluation(filter="bilinear", share=1.0, squeeze=True, floor=True),
         config=config,
         checked="transformers",

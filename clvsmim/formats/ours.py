@@ -1,8 +1,9 @@
 """Our own names, as in the checkpoints that `clvsmim` writes."""
 
 from clvsmim.formats import dinov2, mae, moco_v3, simmim
+from clvsmim.formats._configs import hf_config
 from clvsmim.formats._family import CORE, Family, Look
-from clvsmim.formats._rules import SAME, Rule
+from clvsmim.formats._rules import SAME, Leaves, Rule
 
 STARTS = (
     (r"params/", ""),
@@ -24,6 +25,8 @@ def make() -> Family:
         branches={"": STARTS},
         rules=tuple(Rule(name, (name,), SAME) for name in names),
         needs=(*CORE[:1], *CORE[3:]),
+        can={},
+        config=config,
         evaluation=None,
         checked="itself",
     )
@@ -34,3 +37,10 @@ def recognise(look: Look) -> str:
     if look.has(r"(^|/)encoder/block_0/attn/q/kernel"):
         return "it has encoder/block_0/attn/q/kernel"
     return ""
+
+
+def config(leaves: Leaves, encoder: dict, decoder_heads: int) -> dict:
+    """What the tensors do not tell, in the words of Hugging Face, which are read."""
+    del leaves, decoder_heads
+    words = hf_config("", "", encoder)
+    return {k: words[k] for k in ("image_size", "hidden_act", "layer_norm_eps")}

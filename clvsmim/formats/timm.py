@@ -29,6 +29,7 @@ def make() -> Family:
         fields={"layer_scale": 1e-5},
         unfold=unfold,
         config=config,
+        can={"mlp": ("gelu", "gelu_tanh", "swiglu"), "norm_eps": (1e-6,)},
         evaluation=Evaluation(HALVES, share=0.9, whole=384),
         checked="timm",
     )
