@@ -5,13 +5,13 @@
     clvsmim convert runs/simmim simmim.safetensors --to=simmim
     clvsmim convert zoo:mini_mae mini.safetensors --to=hf_vitmae
 
-SOURCE is a file (.pth .pt .bin .safetensors .npz .onnx), a folder that Hugging Face's
-`save_pretrained` wrote, the name of a repository there, a workdir, or "zoo:NAME". A
-DEST that is a folder becomes a run that can be analyzed, compared, probed, fine-tuned
-and started from. FILE.safetensors or FILE.npz with --to=FAMILY is for that library,
-with the JSON files that it wants beside it. What was found is printed; nothing is
-overwritten, and nothing is left of a conversion that failed. docs/checkpoints.md has
-the families and their traps.
+SOURCE is a file (.pth .pt .bin .safetensors .npz .onnx, or the .index.json of several),
+a folder that Hugging Face's `save_pretrained` wrote, the name of a repository there, a
+workdir, or "zoo:NAME". A DEST that is a folder becomes a run that can be analyzed,
+compared, probed, fine-tuned and started from. FILE.safetensors or FILE.npz with
+--to=FAMILY is for that library, with the JSON files that it wants beside it. What was
+found is printed; nothing is overwritten, and nothing is left of a conversion that
+failed. docs/checkpoints.md has the families and their traps.
 """
 
 import contextlib
@@ -329,7 +329,10 @@ def fetched(source: str) -> str:
             if beside in there:
                 hub.hf_hub_download(source, beside)
         if names:
-            return hub.hf_hub_download(source, names[0])
+            file = hub.hf_hub_download(source, names[0])
+            for shard in foreign.shards(file) if file.endswith(foreign.INDEX) else ():
+                hub.hf_hub_download(source, epath.Path(shard).name)
+            return file
     except Exception as error:  # of the network, of the client, of the server
         reason = str(error).strip().splitlines() or [""]
         raise ValueError(

@@ -4,6 +4,7 @@
 what is remembered of where a network came from.
 """
 
+import hashlib
 import re
 from typing import Any
 
@@ -12,6 +13,7 @@ from etils import epath
 from clvsmim import formats, packed
 from clvsmim.formats import Opened
 from clvsmim.formats._preprocess import Transform, view
+from clvsmim.formats._shards import INDEX, placed
 
 __all__ = [
     "Opened",
@@ -24,7 +26,11 @@ __all__ = [
     "view",
 ]
 # What Hugging Face's libraries call the file in a folder, the best one first.
-INSIDE = ("model.safetensors", "pytorch_model.bin")
+INSIDE = tuple(
+    name + index
+    for name in ("model.safetensors", "pytorch_model.bin")
+    for index in ("", INDEX)
+)
 PLAIN_NAMES = ("model", "pytorch_model", "checkpoint", "weights")
 FLAGS = ("format", "branch", "heads", "decoder_heads", "image", "partial", "ignore")
 
@@ -62,12 +68,26 @@ def facts(path: str, opened: Opened, source: str = "") -> dict[str, Any]:
     return {
         "path": source or str(path),
         "name": name_of(source or path),
-        "sha256": packed.sha256(path),
+        "sha256": sha256(path),
         "family": opened.family,
         "title": opened.report.title,
         "report": f"{opened.report}\n  images here: {found or 'as those of our runs'}",
         "transform": found._asdict() if found else None,
     }
+
+
+def sha256(path: str) -> str:
+    """Of a file; of an index, that of the digests of its shards, by name."""
+    if not path.endswith(INDEX):
+        return packed.sha256(path)
+    digests = "".join(map(packed.sha256, shards(path)))
+    return hashlib.sha256(digests.encode()).hexdigest()
+
+
+def shards(index: str) -> list[str]:
+    """The files that an index names, sorted."""
+    place = epath.Path(index)
+    return [str(place.parent / name) for name in sorted(placed(place.read_bytes()))]
 
 
 def transform_of(file: dict[str, Any]) -> Transform | None:
@@ -85,6 +105,8 @@ def name_of(path: str) -> str:
     """What to call a file's network: its name, or its folder's if that says more."""
     place = epath.Path(path)
     name = re.sub(
-        r"(\.pth|\.pt|\.tar|\.bin|\.safetensors|\.npz|\.onnx)+$", "", place.name
+        r"(\.pth|\.pt|\.tar|\.bin|\.safetensors|\.npz|\.onnx|\.index\.json)+$",
+        "",
+        place.name,
     )
     return place.parent.name or name if name in PLAIN_NAMES else name

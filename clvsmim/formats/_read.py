@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clvsmim.formats import _npz, _onnx, _safetensors, _torch, _zip
+from clvsmim.formats import _npz, _onnx, _safetensors, _shards, _torch, _zip
 from clvsmim.formats._map import map_file
 from clvsmim.formats._text import short, shown
 
@@ -21,7 +21,7 @@ class File(NamedTuple):
 
     Attributes:
       path: as it was given.
-      kind: "PyTorch", "safetensors", "npz" or "ONNX".
+      kind: "PyTorch", "safetensors", "npz" or "ONNX"; "sharded ..." of an index.
       tensors: by the dictionary keys on the way, joined by "/"; read-only, and views
         of the mapped file where the format has them uncompressed.
       other: what else was there, in a few words: {"epoch": "300", "args":
@@ -58,6 +58,9 @@ DAMAGE += (struct.error,)
 def read(path: str) -> File:
     """Read a file of weights; in a bucket too (gs://...).
 
+    Of `model.safetensors.index.json`, and of `pytorch_model.bin.index.json`, all the
+    files that it names.
+
     PyTorch's zip files and .npz carry checksums, which are compared. safetensors,
     ONNX and PyTorch before 1.6 have none: a changed number is not noticed there.
 
@@ -85,6 +88,14 @@ def read(path: str) -> File:
 
 def _parsed(path: str) -> tuple[str, _torch.Tensors]:
     data = map_file(path)
+    if path.endswith(_shards.INDEX):
+        return _shards.read(path, data[:], lambda shard: _one(shard, map_file(shard)))
+    if index := _shards.index_of(path):
+        raise ValueError(f"it is one shard of several; open {index} beside it instead")
+    return _one(path, data)
+
+
+def _one(path: str, data: mmap.mmap) -> tuple[str, _torch.Tensors]:
     _refuse_lookalike(data)
     if _safetensors.header_end(data):
         return "safetensors", _safetensors.read(data)
