@@ -144,7 +144,7 @@ def read(source: str, options: dict[str, Any]) -> Network:
     file, name = foreign.find(place), ""
     if not file:
         file, name = fetched(source), source
-    opened = formats.open_file(file, **options)
+    opened = foreign.open_file(file, **options)
     run = trained.adopted(file, opened, name)
     about = {
         "config": run.config,

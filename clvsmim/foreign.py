@@ -16,12 +16,16 @@ from clvsmim.formats._preprocess import Transform, view
 from clvsmim.formats._shards import INDEX, placed
 
 __all__ = [
+    "INDEX",
     "Opened",
     "Transform",
+    "as_flags",
     "facts",
     "find",
     "name_of",
+    "open_file",
     "open_run",
+    "shards",
     "transform_of",
     "view",
 ]
@@ -48,30 +52,43 @@ def find(path: str) -> str:
     return next((str(place / name) for name in INSIDE if (place / name).exists()), "")
 
 
+def as_flags(text: str) -> str:
+    """A message or report of `formats`, its keywords spelt as on the command line."""
+    return re.sub(rf"(?<![\w./-])({'|'.join(FLAGS)})=", r"--\1=", text)
+
+
+def open_file(path: str, **options: Any) -> Opened:
+    """`formats.open_file` for a command: errors name flags."""
+    try:
+        return formats.open_file(path, **options)
+    except ValueError as error:
+        raise ValueError(as_flags(str(error))) from error
+
+
 def open_run(path: str, *, heads: int = 0) -> Opened:
     """The network in a file, where there are no flags to say more about it.
 
     Raises:
-      ValueError: as `formats.open_file`, with where those flags are.
+      ValueError: as `open_file`, with where those flags are.
     """
     try:
-        return formats.open_file(path, heads=heads)
+        return open_file(path, heads=heads)
     except ValueError as error:
-        asked = any(re.search(rf"\b{flag}=", str(error)) for flag in FLAGS)
+        asked = any(f"--{flag}=" in str(error) for flag in FLAGS)
         hint = "; `clvsmim convert FILE FOLDER` takes these flags, then use FOLDER"
         raise ValueError(f"{error}{hint if asked else ''}") from error
 
 
 def facts(path: str, opened: Opened, source: str = "") -> dict[str, Any]:
     """What is remembered of a file: plain values, for meta.json and series.json."""
-    found = opened.transform
+    found, report = opened.transform, as_flags(str(opened.report))
     return {
         "path": source or str(path),
         "name": name_of(source or path),
         "sha256": sha256(path),
         "family": opened.family,
         "title": opened.report.title,
-        "report": f"{opened.report}\n  images here: {found or 'as those of our runs'}",
+        "report": f"{report}\n  images here: {found or 'as those of our runs'}",
         "transform": found._asdict() if found else None,
     }
 

@@ -104,7 +104,7 @@ def of_file(path: str, heads: int = 0) -> Given:
         vit.make(**opened.encoder).spec,
         opened.input,
         opened.family,
-        str(opened.report),
+        foreign.as_flags(str(opened.report)),
     )
 
 

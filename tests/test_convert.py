@@ -304,6 +304,32 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     assert "\n" not in str(error.value) and runs.snapshot(tmp_path) == before
 
 
+FLAGGED = {
+    "heads": (["{mae}"], "say --heads="),
+    "branch": (["{moco}", "--branch=teacher"], r" --branch='teacher'; this file"),
+    "format": (["{mae}", "--format=timm"], "another --format=, or .* with --ignore="),
+    "partial": (["{mae}", "--partial=("], r" --partial='\(' is no regular"),
+    "both": (["{simmim}", "--heads=5"], "--heads=5, and the file has tables of 3"),
+}
+
+
+@pytest.mark.parametrize("case", FLAGGED)
+def test_errors_name_flags_as_they_are_typed(files, tmp_path, case):
+    argv, reason = FLAGGED[case]
+    places = {"mae": "mae_full.pth", "moco": "moco.pth.tar", "simmim": "simmim.pth"}
+    places = {name: files / file for name, file in places.items()}
+    with pytest.raises(ValueError, match=reason):
+        convert.main([*(arg.format(**places) for arg in argv), f"{tmp_path}/run"])
+
+
+def test_reports_name_flags_as_they_are_typed(converted):
+    report = meta.read_meta(converted["moco"])["file"]["report"]
+    assert "there too: momentum (--branch=momentum)" in report
+    assert foreign.as_flags("encoder.heads= /a/heads=3.pth") == (
+        "encoder.heads= /a/heads=3.pth"
+    )
+
+
 def test_a_conversion_that_fails_late_leaves_nothing(
     files, converted, tmp_path, monkeypatch
 ):

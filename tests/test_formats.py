@@ -350,7 +350,7 @@ def test_the_heads_of_a_vit_s_are_named(table, family, heads, other):
     found = formats.open_tensors(core(width=384, table=table))
     assert (found.family, found.encoder["heads"]) == (family, heads)
     (line,) = [x for x in found.report.assumed if "heads" in x]
-    assert f"--heads={other}" in line and "MoCo v3's" in line
+    assert f": heads={other}" in line and "MoCo v3's" in line
     found = formats.open_tensors(core(width=384, table=table), heads=other)
     assert found.encoder["heads"] == other
     assert not [x for x in found.report.assumed if "heads" in x]
@@ -359,7 +359,7 @@ def test_the_heads_of_a_vit_s_are_named(table, family, heads, other):
 
 
 def test_heads_are_asked_for_where_nothing_tells():
-    with pytest.raises(ValueError, match="48 wide; say --heads="):
+    with pytest.raises(ValueError, match="48 wide; say heads="):
         formats.open_tensors(core())
     with pytest.raises(ValueError, match="width 48 does not divide into 5 heads"):
         formats.open_tensors(core(), heads=5)

@@ -134,7 +134,7 @@ def test_an_expression_that_is_none(option):
 
 def test_heads_are_not_guessed_from_a_width_that_nobody_has():
     tensors = core(width=64, heads=1)
-    with pytest.raises(ValueError, match="64 wide; say --heads="):
+    with pytest.raises(ValueError, match="64 wide; say heads="):
         formats.open_tensors(tensors)
     assert formats.open_tensors(tensors, heads=2).encoder["heads"] == 2
 

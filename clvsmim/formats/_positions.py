@@ -54,7 +54,7 @@ def split_rows(rows: int, tokens: int, patches: int) -> int:
             return own
     raise ValueError(
         f"a position table of {rows} rows fits no square grid behind {tokens} tokens; "
-        "say the size in pixels: image=(rows, columns)"
+        "say its rows and columns in pixels with image="
     )
 
 

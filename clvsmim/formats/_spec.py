@@ -78,13 +78,13 @@ def guess_heads(width: int, family: Family, out: Report) -> int:
         others = "MoCo v3's" if family.heads_of_s == 6 else "DeiT's and DINO's"
         out.assumed.append(
             f"{family.heads_of_s} heads, {whose} ViT-S; {others} S has {other} with "
-            f"the same shapes: --heads={other}"
+            f"the same shapes: heads={other}"
         )
         return family.heads_of_s
     heads = HEADS.get(width, 0)
     if not heads:
         raise ValueError(
-            f"shapes do not tell the heads of an encoder {width} wide; say --heads="
+            f"shapes do not tell the heads of an encoder {width} wide; say heads="
         )
     out.assumed.append(f"{heads} heads, as ViTs {width} wide have; shapes do not tell")
     return heads
@@ -239,14 +239,16 @@ def image_size(
         if len(size) == 2 and all(size):
             if n > 0 and math.prod(s // patch for s in size) != n:
                 raise ValueError(
-                    f"image={size} in patches of {patch} is not the file's table of "
-                    f"{n} patches; open it as it is and resize it afterwards"
+                    f"{size[0]} x {size[1]} px in patches of {patch} are not the "
+                    f"file's table of {n}; open it as it is and resize it afterwards"
                 )
             return int(size[0]), int(size[1])
     if n > 0 and side * side == n:
         return (side * patch,) * 2
     if n:
-        raise ValueError("the tables are of no square image; say image=(rows, columns)")
+        raise ValueError(
+            "the tables are of no square image; say its rows and columns with image="
+        )
     whole = 224 - 224 % patch
     out.assumed.append(f"{whole} x {whole} pixels: there is no position table")
     return (whole, whole)
