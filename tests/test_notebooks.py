@@ -23,7 +23,7 @@ ATTENTION, REPRESENTATION = "self_attention_analysis", "representation_analysis"
 BOTH = (ATTENTION, REPRESENTATION)
 PRETRAIN = "pretrain"  # executed in test_pretrain_notebook.py
 ALL = (*BOTH, PRETRAIN)
-FIELDS = {name: "WORKDIRS TRAIN IMAGE_FOLDER MODEL IMAGE ARRAYS" for name in BOTH}
+FIELDS = {name: "WORKDIRS TRAIN ZOO IMAGE_FOLDER MODEL IMAGE ARRAYS" for name in BOTH}
 FIELDS[PRETRAIN] = "DATA METHODS LAMBDA LABELS IMAGES"
 # The files of clvsmim/metrics whose kernels a notebook shows.
 FILES = {
@@ -34,7 +34,7 @@ FILES = {
 SHARED = ["setup", "models-text", "models", "measure", "results", "looked-at"]
 SHARED += ["drawings"]  # cells
 FORM = re.compile(r"(?m)^([A-Z_]+) = (.+?)  # @param (.+)$")
-MODELS = "moco_v3, simmim"
+MODELS = {"TRAIN": "moco_v3, simmim", "ZOO": "mini_simmim, mini_none"}
 INLINE = "module://matplotlib_inline.backend_inline"  # what a kernel takes by default
 
 
@@ -118,14 +118,14 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def attention(folder):
-    with Session(ATTENTION, folder, models={"TRAIN": MODELS}) as session:
+    with Session(ATTENTION, folder, models=MODELS) as session:
         session.run()
         yield session
 
 
 @pytest.fixture(scope="module")
 def representation(folder, attention):
-    with Session(REPRESENTATION, folder, models={"TRAIN": MODELS}) as session:
+    with Session(REPRESENTATION, folder, models=MODELS) as session:
         session.run()
         yield session
 
@@ -227,7 +227,9 @@ def test_attention(attention):
     )
     drawn = ("maps", "everywhere", "rollout", "canvas", "own-figures", *shown.split())
     assert_drawn(attention, *drawn, "cka-positions", "cka-models")
-    assert len(attention.pictures("distance")) == 3  # one of both, and one each
+    assert len(attention.pictures("distance")) == 4  # one of all, and one each
+    assert "no 'mini_none' in the zoo of this" in attention.text("models")
+    assert "| mini_simmim, block 6, head 1 |" in attention.text("one")
     one = attention.text("one")
     assert "| nmi |" in one and "nan" not in one
     assert "MoCo v3 (CL)" in attention.text("numbers")
@@ -244,7 +246,6 @@ def test_representation(representation, folder):
     assert_drawn(representation, "one", "tsne", *shown.split())
     assert len(representation.pictures("ranks")) == 8  # alpha-ReQ needs more images
     assert "nan" not in representation.text("one-numbers") + representation.text("own")
-    assert "DEPTH 6 is not in 0 to 2" in representation.text("tsne")
     purity = re.search(r"same image: ([\d.]+)", representation.text("tsne"))[1]
     assert 0 < float(purity) <= 1
     assert len(re.findall(r"(?m)^\| \d+ \|", representation.text("claims"))) == 24
@@ -253,10 +254,10 @@ def test_representation(representation, folder):
 
 
 def test_the_second_notebook_measures_nothing_again(folder, attention, request):
-    states = sorted(folder.glob("runs/x1/*/analysis/state.npz"))
+    states = sorted(folder.glob("runs/**/state.npz"))
     before = [path.stat().st_mtime_ns for path in states]
     request.getfixturevalue("representation")
-    assert len(before) == 2 and before == [p.stat().st_mtime_ns for p in states]
+    assert len(before) == 3 and before == [p.stat().st_mtime_ns for p in states]
 
 
 SLIDERS = ("maps", "everywhere", "one", "rollout", "canvas")
@@ -278,9 +279,8 @@ def test_other_sliders(attention):
         assert f"{line} is not in" in told
     assert (attention.pictures("maps")[0] == after[0]).all()
     attention.run("maps", MODEL="mae")
-    assert "no model 'mae' among moco_v3, simmim: moco_v3 is shown" in (
-        attention.text("maps")
-    )
+    told = "no model 'mae' among moco_v3, simmim, mini_simmim: moco_v3 is shown"
+    assert told in attention.text("maps")
 
 
 def test_other_depths(representation):
@@ -291,6 +291,8 @@ def test_other_depths(representation):
         assert f"| {model}, depth {depth}," in told and "nan" not in told
         assert ("translation_share" in told) == (depth > 0)
     before = representation.pictures("tsne")[0]
+    representation.run("tsne", MODEL="moco_v3", DEPTH=6)
+    assert "DEPTH 6 is not in 0 to 2" in representation.text("tsne")
     representation.run("tsne", MODEL="moco_v3", DEPTH=0)
     assert "nearest" not in representation.text("tsne")
     after = representation.pictures("tsne")[0]
