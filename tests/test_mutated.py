@@ -1,10 +1,11 @@
-"""Two thousand damaged and hostile files: each is refused in one line, or is sound.
+"""Damaged and hostile files, as they are read: refused in one line, or sound.
 
 A file with checksums (PyTorch's zip, .npz) is read as it was written or not at all,
 but for the names in an .npz, which have none.
 One without (safetensors, ONNX, PyTorch before 1.6), or whose checksums were made
 again after the change, may have other numbers and names, which are for the rules of
 its family to judge; no tensor of it reaches beyond the file, and no part is missing.
+With those of test_mutated_networks.py, which go through the rules, they are 2,000.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ import pytest
 
 from clvsmim.formats._read import read
 
-FILES = 2000
+FILES = 1400
 SECONDS = 20  # for one file, which takes milliseconds: more is a hang
 SEALED = {"x.pth", "x.npz", "packed.npz"}  # files with checksums
 CODE = {"os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "exec"}

@@ -64,6 +64,8 @@ def nothing_fits(look: Look, families: Mapping[str, Family]) -> str:
             + (f", not {some(wrong)}" if wrong else "")
             + f"; to try it: format={best}"
         )
+    if look.timm and look.table == "none":
+        near += "; pos_embed is not there, or not of three axes"
     return f"no known family; looked for {looked}; {near}"
 
 

@@ -43,7 +43,8 @@ def head_count(
     """
     width = shapes.get("encoder/block_0/ln1/scale", (0,))[-1]
     if not width:
-        raise ValueError("no first block with a norm of its input: no ViT of this kind")
+        name = "encoder/block_0/ln1/scale"
+        raise ValueError(f"{name} is not in the file: no ViT of this kind")
     known = 0
     for name in ("encoder/rel_table", "encoder/block_0/attn/rel_table"):
         known = known or shapes.get(name, (0,))[-1]
@@ -127,7 +128,10 @@ def encoder_fields(
     blocks = range(depth)  # stop at the first gap: a name may hold a huge number
     gap = next((i for i in blocks if f"encoder/block_{i}/ln1/scale" not in at), depth)
     if gap < depth:
-        raise ValueError(f"block {gap} of {depth} is not there: the file is cut")
+        raise ValueError(
+            f"block {gap} of {depth} is not there, or encoder/block_{gap}/ln1/scale of "
+            "it: the file is cut"
+        )
     stem, patch = stem_of(at)
     if stem == "conv":
         out.warnings.append("the names of the conv stem are from documentation only")
