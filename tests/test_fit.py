@@ -1,6 +1,7 @@
 """Fitting weights to another input, against the libraries that do it too."""
 
 import importlib.util
+import itertools
 import sys
 import types
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from models import MAE, SIMMIM, tiny
 
-from clvsmim import tree
+from clvsmim import plugin, transfer, tree
 from clvsmim.formats import _fit
 from clvsmim.inits import position_init, relative_index
 
@@ -154,18 +155,42 @@ def test_other_tables_are_refused(changes, message):
     assert "\n" not in str(error.value)
 
 
+# What the code of each passes to `interpolate`, or to `zoom`.
+WAYS = {
+    "bicubic": {"mae", "moco_v3", "deit", "hf_vit", "hf_vitmae", "hf_dinov2"},
+    "dino": {"dino", "ibot", "dinov2"},
+    "antialias": {"timm"},
+    "linear": {"google"},
+}
+OTHERS = {"ours", "beit", "hf_beit", "simmim"}  # no code, or no such table
+
+
 def test_each_family_has_its_own_way():
-    """What the code of each passes to `interpolate`, or to `zoom`."""
-    ways = {
-        "bicubic": ["mae", "moco_v3", "deit", "hf_vit", "hf_dinov2"],
-        "dino": ["dino", "ibot", "dinov2"],
-        "antialias": ["timm"],
-        "linear": ["google"],
-    }
-    for how, families in ways.items():
-        assert {_fit.reference(family) for family in families} == {how}
-    assert _fit.reference("dinov2", registers=True) == "antialias"
-    assert _fit.reference("hf_dinov2", registers=True) == "antialias"
+    """A converted network is fitted so; the ways differ, or this could not be seen."""
+    families = set().union(*WAYS.values(), OTHERS)
+    assert families == set(plugin.names("formats"))
+    there, here = (tiny(MAE, image=side).spec for side in ((32, 32), (48, 64)))
+    params = {"pos_embed": table((4, 4)), "patch_embed": {"kernel": np.ones((8, 8, 3))}}
+    tables = []
+    for how, names in WAYS.items():
+        tables.append(
+            _fit.position_table(params["pos_embed"], (6, 8), prefix=1, how=how)
+        )
+        for name in names:
+            given = transfer.Given({"params": params}, there, {}, name, "")
+            found, lines = transfer.resized(given, here)
+            np.testing.assert_array_equal(
+                found["params"]["pos_embed"], tables[-1], name
+            )
+            assert lines == [f"pos_embed: 4x4 -> 6x8 patches, {_fit.HOW[how]}"]
+    for one, other in itertools.combinations(tables, 2):
+        assert np.abs(one - other).max() > 0.01
+
+
+def test_dinov2_with_registers_is_fitted_in_another_way():
+    for family in ("dinov2", "hf_dinov2"):
+        assert _fit.reference(family, registers=True) == "antialias"
+        assert _fit.reference(family) != "antialias"
 
 
 # Relative positions

@@ -4,13 +4,14 @@ Fixtures are recordings of the originals, or lists of names and shapes written o
 what live libraries write is in test_live_parity.py.
 """
 
+import itertools
 import re
 
 import jax
 import numpy as np
 import originals
 import pytest
-from models import MAE, MOCO, SIMMIM, TINY, close, tiny, tiny_mae, tiny_simmim
+from models import MAE, MOCO, SIMMIM, close, tiny, tiny_mae, tiny_simmim
 
 from clvsmim import formats, inits, masks, plugin, tree, vit
 from clvsmim.formats import _check, _positions, _spec
@@ -684,33 +685,81 @@ def test_the_shapes_of_all_blocks_follow_from_one(fields):
     assert _check.expected(fields) == full
 
 
-def test_a_conv_stem(golden):
-    """MoCo v3's, of 16-pixel patches; as its code names it."""
-    encoder = tiny(
-        TINY | {"stem": "conv", "patch": 16, "position": "moco_sincos", "heads": 3}
-    )
-    x = np.zeros((1, 32, 32, 3), np.float32)
-    made = jax.eval_shape(lambda: encoder.init(KEY, x, train=True))
-    full = jax.tree.map(lambda s: np.full(s.shape, 0.5, np.float32), dict(made))
-    table = inits.sincos_table((2, 2), 48, True)
-    full["params"]["pos_embed"] = np.pad(table, ((1, 0), (0, 0)))[None]
-    theirs = formats.export(
-        {"encoder": full["params"]},
-        {"encoder": full["stats"]},
-        formats.open_tensors(core(), heads=3).encoder,
-        "moco_v3",
-    ).tensors
-    start = "base_encoder.patch_embed.proj."
-    names = {f"{i}.weight" for i in (0, 3, 6, 9, 12)} | {"12.bias"}
-    kinds = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-    names |= {f"{i}.{kind}" for i in (1, 4, 7, 10) for kind in kinds}
-    assert {n for n in theirs if n.startswith(start)} == {start + n for n in names}
-    assert theirs["base_encoder.patch_embed.proj.9.weight"].shape == (48, 24, 3, 3)
-    assert theirs["base_encoder.patch_embed.proj.12.weight"].shape == (48, 48, 1, 1)
-    found = formats.open_tensors(theirs, heads=3)
-    assert (found.encoder["stem"], found.encoder["patch"]) == ("conv", 16)
-    assert set(tree.named(found.extra["encoder"])) == set(tree.named(full["stats"]))
+# MoCo v3's stem of 16-pixel patches, as the keys of `nn.Sequential` in its code: four
+# times convolution, BatchNorm, ReLU, then a 1x1 convolution. Of an encoder 48 wide.
+CONV_STEM = {
+    "0.weight": (6, 3, 3, 3),
+    "1.weight": (6,),
+    "1.bias": (6,),
+    "1.running_mean": (6,),
+    "1.running_var": (6,),
+    "1.num_batches_tracked": (),
+    "3.weight": (12, 6, 3, 3),
+    "4.weight": (12,),
+    "4.bias": (12,),
+    "4.running_mean": (12,),
+    "4.running_var": (12,),
+    "4.num_batches_tracked": (),
+    "6.weight": (24, 12, 3, 3),
+    "7.weight": (24,),
+    "7.bias": (24,),
+    "7.running_mean": (24,),
+    "7.running_var": (24,),
+    "7.num_batches_tracked": (),
+    "9.weight": (48, 24, 3, 3),
+    "10.weight": (48,),
+    "10.bias": (48,),
+    "10.running_mean": (48,),
+    "10.running_var": (48,),
+    "10.num_batches_tracked": (),
+    "12.weight": (48, 48, 1, 1),
+    "12.bias": (48,),
+}
+
+
+def conv_stem():
+    """Random numbers under these names; variances are positive."""
+    rng = np.random.default_rng(1)
+    made = {k: rng.uniform(0.1, 0.9, s).astype("f4") for k, s in CONV_STEM.items()}
+    counts = {k: np.int64(7) for k in CONV_STEM if k.endswith("tracked")}
+    return made | counts
+
+
+def with_conv_stem():
+    plain = core(side=2, table="moco_sincos")
+    plain = {k: x for k, x in plain.items() if not k.startswith("patch_embed.")}
+    return plain | under("patch_embed.proj.", conv_stem())
+
+
+def test_a_conv_stem():
+    tensors = under("state_dict/module.base_encoder.", with_conv_stem())
+    found = formats.open_tensors(tensors, heads=3)
+    assert (found.family, found.encoder["stem"]) == ("moco_v3", "conv")
+    assert (found.encoder["patch"], found.encoder["image"]) == (16, (32, 32))
     assert "conv stem are from documentation" in str(found.report)
+    back = formats.export_again(found).tensors
+    assert set(back) == set(tensors)
+    for name, x in tensors.items():
+        np.testing.assert_array_equal(back[name], x, name)
+
+
+def test_a_conv_stem_computes_what_its_code_does():
+    torch = pytest.importorskip("torch")
+    nn, sides = torch.nn, (3, 6, 12, 24, 48)
+    layers = []
+    for a, b in itertools.pairwise(sides):
+        layers += [nn.Conv2d(a, b, 3, 2, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
+    stem = nn.Sequential(*layers, nn.Conv2d(48, 48, 1)).eval()
+    theirs = {k: torch.tensor(x) for k, x in conv_stem().items()}
+    stem.load_state_dict(theirs, strict=True)
+    found = formats.open_tensors(with_conv_stem(), heads=3)
+    variables = {"params": found.params["encoder"], "stats": found.extra["encoder"]}
+    x = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
+    encoder = vit.make(**found.encoder)
+    got = jax.jit(lambda v, x: encoder.apply(v, x, method="embed"))(variables, x)
+    with torch.no_grad():
+        want = stem(torch.from_numpy(x.transpose(0, 3, 1, 2).copy()))
+    close(got, want.flatten(2).transpose(1, 2))
 
 
 def test_mae_order_of_pixels_is_ours():
