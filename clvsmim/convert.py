@@ -144,7 +144,10 @@ def read(source: str, options: dict[str, Any]) -> Network:
     file, name = foreign.find(place), ""
     if not file:
         file, name = fetched(source), source
-    opened = foreign.open_file(file, **options)
+    try:
+        opened = formats.open_file(file, **options)
+    except ValueError as error:
+        raise ValueError(foreign.as_flags(str(error))) from error
     run = trained.adopted(file, opened, name)
     about = {
         "config": run.config,

@@ -23,7 +23,6 @@ __all__ = [
     "facts",
     "find",
     "name_of",
-    "open_file",
     "open_run",
     "shards",
     "transform_of",
@@ -57,26 +56,19 @@ def as_flags(text: str) -> str:
     return re.sub(rf"(?<![\w./-])({'|'.join(FLAGS)})=", r"--\1=", text)
 
 
-def open_file(path: str, **options: Any) -> Opened:
-    """`formats.open_file` for a command: errors name flags."""
-    try:
-        return formats.open_file(path, **options)
-    except ValueError as error:
-        raise ValueError(as_flags(str(error))) from error
-
-
 def open_run(path: str, *, heads: int = 0) -> Opened:
     """The network in a file, where there are no flags to say more about it.
 
     Raises:
-      ValueError: as `open_file`, with where those flags are.
+      ValueError: as `formats.open_file`, with where those flags are.
     """
     try:
-        return open_file(path, heads=heads)
+        return formats.open_file(path, heads=heads)
     except ValueError as error:
-        asked = any(f"--{flag}=" in str(error) for flag in FLAGS)
+        line = as_flags(str(error))
+        asked = any(f"--{flag}=" in line for flag in FLAGS)
         hint = "; `clvsmim convert FILE FOLDER` takes these flags, then use FOLDER"
-        raise ValueError(f"{error}{hint if asked else ''}") from error
+        raise ValueError(f"{line}{hint if asked else ''}") from error
 
 
 def facts(path: str, opened: Opened, source: str = "") -> dict[str, Any]:
