@@ -36,6 +36,7 @@ def test_what_a_family_cannot_say_is_refused_by_name(change):
             formats.export(found.params, found.extra, encoder | usual, name)
         except ValueError as error:
             refused = f"no place for {field}={value!r}, its code has" in str(error)
+            assert not refused or "hf_dinov2, " in str(error).split("have one: ")[1]
             assert "\n" not in str(error)
         else:
             refused = False

@@ -104,11 +104,16 @@ def refuse_left(left: list[str], title: str) -> None:
 def refuse_unsaid(encoder: Mapping[str, Any], family: Family) -> None:
     """Raise ValueError if a setting of the encoder would be another one over there."""
     for field, can in family.can.items():
-        if encoder[field] not in can:
-            raise ValueError(
-                f"a {family.title} has no place for {field}={encoder[field]!r}, its "
-                f"code has {' or '.join(map(repr, can))}: it would be another network"
-            )
+        value = encoder[field]
+        if value in can:
+            continue
+        others = {n: plugin.find("formats", n)().can for n in plugin.names("formats")}
+        able = [n for n, c in others.items() if value in c.get(field, (value,))]
+        raise ValueError(
+            f"a {family.title} has no place for {field}={value!r}, its code has "
+            f"{' or '.join(map(repr, can))}: it would be another network; these have "
+            f"one: {', '.join(able)}"
+        )
 
 
 def as_it_was(
