@@ -47,13 +47,14 @@ def compare(
     notes: Sequence[str] = (),
     names: Sequence[str] = (),
     judged: Sequence[str] = (),
+    chosen: str = "",
     paper: bool = False,
 ) -> epath.Path:
     """Write the report of analyses; returns the path of report.html.
 
     `first` are sections that lead the page, `notes` end it, `names` are what to call
-    the models, and `judged` the analyses that the claims are judged on, if not these;
-    `paper` draws the published curves behind them.
+    the models, `judged` the analyses that the claims are judged on, if not these, and
+    `chosen` says how they were chosen; `paper` draws the published curves behind them.
     """
     from clvsmim import present  # matplotlib is slow to import
 
@@ -66,8 +67,8 @@ def compare(
     drawn = list(zip(runs, folders, strict=True))
     title = title or f"{len(runs)} models side by side"
     notes = [*notes, *why]
-    more = {"first": first, "notes": notes, "judged": judged, "paper": paper}
-    return present.page(out, title, drawn, lead=lead, **more)
+    more = {"first": first, "notes": notes, "judged": judged, "chosen": chosen}
+    return present.page(out, title, drawn, lead=lead, paper=paper, **more)
 
 
 def similarities(

@@ -1,5 +1,6 @@
 """Analyses on disk -> runs of a report, with the words that go beside the figures."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -175,11 +176,13 @@ def page(
     first: Sequence[Section] = (),
     notes: Sequence[str] = (),
     judged: Sequence[str] = (),
+    chosen: str = "",
     paper: bool = False,
 ) -> epath.Path:
     """Write the report of runs and their analysis folders; `first` leads the page.
 
-    The claims are judged on the analyses `judged`, by default on those that are drawn.
+    The claims are judged on the analyses `judged`, by default on those that are drawn;
+    `chosen`, how these were chosen, ends the caption of their table.
     Behind a file that is what a published model would be stand the paper's curves of
     it; with `paper` those of all three models, whatever was measured.
     """
@@ -199,7 +202,7 @@ def page(
         replay.section(of_files),
         seeing(drawn, held_out=not of_files),
         looking(drawn),
-        claimed(models),
+        claimed(models, chosen),
     )
     shown += (timeline.section(places), *SECTIONS, alike(drawn), near(drawn))
     return write(
@@ -324,14 +327,16 @@ def alike(drawn: Sequence[tuple[Run, dict]]) -> Section | None:
     return Section("How alike the models are", text, series) if series else None
 
 
-def claimed(models: Sequence[claims.Measured]) -> Section:
+def claimed(models: Sequence[claims.Measured], chosen: str) -> Section:
     """The table of the paper's claims."""
+    table = claims.table(models)
+    table = dataclasses.replace(table, caption=f"{table.caption} {chosen}".strip())
     text = (
         "What the paper reports, as statements with a threshold, fixed before looking. "
         "A verdict needs three trainings from different seeds; with fewer the values "
         "stand there unjudged. Claims that cannot be measured here say what is missing."
     )
-    return Section("The paper's claims", text, tables=(claims.table(models),))
+    return Section("The paper's claims", text, tables=(table,))
 
 
 def attention(runs: Sequence[Run], arrays: Sequence[dict]) -> Gallery:

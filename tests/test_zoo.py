@@ -16,9 +16,12 @@ from clvsmim import (
     analyze,
     build,
     checkpoint,
+    claims,
+    demo,
     log,
     meta,
     packed,
+    present,
     timeline,
     train,
     tree,
@@ -217,3 +220,30 @@ def test_a_member_that_does_not_exist():
         mini_zoo.get_config("moco")
     with pytest.raises(ValueError, match="expected a seed after the comma"):
         mini_zoo.get_config("mae,first")
+
+
+def documented():
+    """The rows of the table of claims in docs/mini-zoo.md."""
+    lines = (runs.ROOT / "docs" / "mini-zoo.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    return [tuple(row) for row in cells if row and row[0].isdecimal()]
+
+
+def test_the_docs_have_every_claim_in_its_words():
+    want = claims.table([]).rows
+    assert [(*r[:2], r[4]) for r in documented()] == [(*r[:2], r[4]) for r in want]
+
+
+@pytest.mark.slow
+def test_the_docs_have_what_the_demo_finds(tmp_path):
+    """Verdicts word for word; numbers to the last digit but one of four."""
+    folders = [str(tmp_path / name) for name in packed.names()]
+    for name, folder in zip(packed.names(), folders, strict=True):
+        analyze.analyze(f"zoo:{name}", folder, demo.SETTINGS)
+    found = claims.table([present.measured(folder) for folder in folders]).rows
+    number = re.compile(r"[\d.]+(?:e[−\d]+)?")
+    for got, want in zip(found, documented(), strict=True):
+        assert (got[3], number.sub("", got[2])) == (want[3], number.sub("", want[2]))
+        a, b = ([x.strip(".") for x in number.findall(row[2])] for row in (got, want))
+        a, b = ([float(x.replace("−", "-")) for x in row] for row in (a, b))
+        np.testing.assert_allclose(a, b, rtol=2e-3)
