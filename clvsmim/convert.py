@@ -85,6 +85,7 @@ class Network(NamedTuple):
     Attributes:
       about: for meta.json: config, encoder, input, where it is from.
       params, extra: {"encoder", "heads"}, all that there was.
+      pool: what a classifier reads, "cls" or "patches"; "" without one.
       decoder_heads: of MAE's decoder, 0 without one.
       text: for the user.
       opened: of a file, to give back the very same tensors; None of a run.
@@ -94,6 +95,7 @@ class Network(NamedTuple):
     about: dict[str, Any]
     params: Any
     extra: Any
+    pool: str
     decoder_heads: int
     text: str
     opened: formats.Opened | None = None
@@ -161,8 +163,8 @@ def read(source: str, options: dict[str, Any]) -> Network:
         "versions": meta.versions(),
     }
     heads = (opened.objective or {}).get("decoder", {}).get("heads", 0)
-    text = run.file["report"]
-    return Network(about, opened.params, opened.extra, heads, text, opened=opened)
+    own = {"pool": run.file["pool"], "decoder_heads": heads, "text": run.file["report"]}
+    return Network(about, opened.params, opened.extra, **own, opened=opened)
 
 
 def of_run(source: str) -> Network:
@@ -181,6 +183,8 @@ def of_run(source: str) -> Network:
         text += f"\n  converted from {run.file['path']}\n{run.file['report']}"
     objective = config["objective"]
     heads = objective["decoder"]["heads"] if "decoder" in objective else 0
+    # Of a file, whose classifier a run keeps but does not read.
+    pool = objective.get("pool") or (run.file or {}).get("pool", "")
     params, extra = run.params, run.extra
     if packed.is_packed(place):  # what no objective of ours reads is there too
         found, _ = packed.read(place)
@@ -188,7 +192,8 @@ def of_run(source: str) -> Network:
             {part: found[field].get(part, {}) for part in ("encoder", "heads")}
             for field in ("params", "extra")
         )
-    return Network(about, params, extra, heads, text, run=run, workdir=place)
+    own = {"pool": pool, "decoder_heads": heads, "text": text}
+    return Network(about, params, extra, **own, run=run, workdir=place)
 
 
 def pack(network: Network, folder: str) -> None:
@@ -202,13 +207,14 @@ def pack(network: Network, folder: str) -> None:
 
 def export(network: Network, dest: str, to: str) -> list[str]:
     """Write a file for another library; returns lines about it."""
-    encoder, heads = network.about["encoder"], network.decoder_heads
+    encoder = network.about["encoder"]
     found = formats.export(
         network.params,
         network.extra,
         encoder,
         to,
-        decoder_heads=heads,
+        pool=network.pool,
+        decoder_heads=network.decoder_heads,
         origin=network.opened.origin if network.opened else None,
     )
     lines = []

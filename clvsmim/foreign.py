@@ -82,6 +82,7 @@ def facts(path: str, opened: Opened, source: str = "") -> dict[str, Any]:
         "title": opened.report.title,
         "report": f"{report}\n  images here: {found or 'as those of our runs'}",
         "transform": found._asdict() if found else None,
+        "pool": (opened.objective or {}).get("pool", ""),
     }
 
 

@@ -1,6 +1,7 @@
 """What another library reads: a .safetensors file, and the JSON files beside it."""
 
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -87,8 +88,11 @@ def for_timm(
     config: dict[str, Any], encoder: dict[str, Any], view: Transform
 ) -> dict[str, Any]:
     """config.json for `timm.create_model("local-dir:FOLDER", pretrained=True)`."""
+    colour = {"mean": list(view.mean), "std": list(view.std)}
     if "class" not in config:  # of the file that it came from
-        return config
+        said = config.get("pretrained_cfg")
+        more = {"pretrained_cfg": said | colour} if isinstance(said, dict) else colour
+        return config | more
     rows, columns = view.crop
     side = max(view.resize) if isinstance(view.resize, tuple) else view.resize
     more = {"act_layer": "gelu_tanh"} if config["mlp"] == "gelu_tanh" else {}
@@ -102,13 +106,17 @@ def for_timm(
         "pretrained_cfg": {
             "input_size": [3, rows, columns],
             "interpolation": view.filter,
-            "crop_pct": max(view.crop) / side,
+            "crop_pct": share(max(view.crop), side),
             "crop_mode": "squash" if isinstance(view.resize, tuple) else "center",
-            "mean": list(view.mean),
-            "std": list(view.std),
+            **colour,
             "num_classes": config["arguments"]["num_classes"],
             "first_conv": "patch_embed.proj",
             "classifier": "head",
         },
-        **{key: config[key] for key in ("class", "mlp", "norm_eps")},
     }
+
+
+def share(crop: int, side: int) -> float:
+    """crop / side, such that crop divided by it and rounded down is the side again."""
+    ratio = crop / side
+    return ratio if math.floor(crop / ratio) == side else math.nextafter(ratio, 0.0)

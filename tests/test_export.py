@@ -1,6 +1,8 @@
 """What tensors do not hold goes out in a file beside them, or nothing goes out."""
 
 import json
+import math
+import shutil
 
 import jax
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 import torchvision_stub
 from test_formats import HEAD, SCALED, core
 
-from clvsmim import convert, foreign, formats, plugin, vit
+from clvsmim import convert, foreign, formats, handover, plugin, tree, vit
 
 COLOUR = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
 # What each says of an encoder beside its tensors.
@@ -72,9 +74,6 @@ def test_settings_and_colours_come_back(source, tmp_path, to, eps):
     path, dest = source(layer_norm_eps=eps), tmp_path / "out" / "model.safetensors"
     dest.parent.mkdir()
     want = foreign.open_run(path)
-    if to == "timm":  # which would give back the file with what was beside it
-        convert.main([path, f"{tmp_path}/run"])
-        path = f"{tmp_path}/run"
     convert.main([path, str(dest), f"--to={to}"])
     got = formats.open_file(str(dest), format=to)
     assert (got.encoder["mlp"], got.encoder["norm_eps"]) == ("gelu_tanh", eps)
@@ -90,6 +89,123 @@ def test_colours_without_a_place_are_said(source, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "dino has no place for it: input mean (0.1, 0.2, 0.3), std (0.4" in out
     assert "its code has (0.485, 0.456, 0.406)" in out
+
+
+@pytest.mark.parametrize("to, eps", [("dino", 1e-6), ("timm", 1e-12)])
+def test_a_config_that_its_own_family_does_not_read_tells_nothing(
+    source, tmp_path, to, eps
+):
+    path = source(layer_norm_eps=eps)
+    field = "mlp='gelu_tanh'" if to == "dino" else "norm_eps=1e-12"
+    with pytest.raises(ValueError, match=f"no place for {field}"):
+        formats.export_again(formats.open_file(path, format=to))
+
+
+def test_a_config_of_hugging_face_comes_back_with_the_heads_that_were_given():
+    plain = formats.open_tensors(core() | HEAD, heads=3)
+    made = formats.export_again(plain, "hf_vit")
+    about = made.config | {"num_attention_heads": 6, "hidden_dropout_prob": 0.5}
+    again = formats.open_tensors(made.tensors, heads=3, about=about)
+    assert formats.export_again(again).config == about | {"num_attention_heads": 3}
+    # What timm or nobody reads is no config of theirs.
+    strange = formats.open_tensors(made.tensors, heads=3, about={"image_size": 32})
+    assert formats.export_again(strange).config["model_type"] == "vit"
+
+
+def test_timms_config_comes_back_with_the_colours_that_count(source, tmp_path):
+    said = {"input_size": [3, 9, 9], "mean": [0.7] * 3, "std": [0.7] * 3}
+    for about in ({"pretrained_cfg": said}, said):
+        about |= {"architecture": "vit_tiny", "extra": "x", "layer_norm_eps": 1e-6}
+        path = source(**about)
+        convert.main([path, f"{tmp_path}/out/x.npz", "--to=timm"])
+        got = json.loads((tmp_path / "out" / "config.json").read_text())
+        inner = got.get("pretrained_cfg", got)
+        assert inner["mean"] == [0.1, 0.2, 0.3] and inner["std"] == [0.4, 0.5, 0.6]
+        assert inner["input_size"] == [3, 9, 9] and got["extra"] == "x"
+        shutil.rmtree(tmp_path / "out")
+        shutil.rmtree(tmp_path / "theirs")
+
+
+# Classifiers
+
+FC_NORM = {f"fc_norm.{n}": np.full(48, 2.0, np.float32) for n in ("weight", "bias")}
+NO_NORM = {k: x for k, x in core().items() if not k.startswith("norm.")}
+# What a classifier of 7 classes reads, and who can read the same.
+MOST = {"beit", "deit", "hf_beit", "mae"}
+CLASSIFIERS = {
+    "cls": (core(), "cls", MOST | {"google", "hf_vit", "moco_v3", "ours", "timm"}),
+    "patches": (core(), "patches", {"ours", "timm"}),
+    "their norm": (NO_NORM | FC_NORM, "", MOST | {"ours", "timm"}),
+    "norm of cls": (NO_NORM | FC_NORM, "cls", {"ours", "timm"}),
+    "two norms": (core() | FC_NORM, "", {"ours"}),
+}
+
+
+@pytest.mark.parametrize("case", CLASSIFIERS)
+def test_a_classifier_is_written_where_it_reads_the_same(case):
+    tensors, pool, able = CLASSIFIERS[case]
+    found = formats.open_tensors(tensors | HEAD, heads=3, format="timm")
+    leaves = tree.named(found.params)
+    no_keys = {k: x for k, x in leaves.items() if not k.endswith("attn/k/bias")}
+    for name in plugin.names("formats"):
+        encoder = found.encoder | {"mlp": "gelu_tanh" if name == "google" else "gelu"}
+        params = tree.nest(no_keys if "beit" in name else leaves)
+        try:
+            made = formats.export(params, found.extra, encoder, name, pool=pool)
+        except ValueError as error:
+            assert " needs encoder/" in str(error) and name not in able, name
+            continue
+        head = [n for n, x in made.tensors.items() if 7 in x.shape]
+        assert bool(head) == (name in able), name
+        assert ("heads/last/rate_1/kernel" in made.left) == (name not in able), name
+        assert (HF_CLASSIFIER in str(made.config)) == (name in able & HF), name
+        beside = handover.beside(made.config, encoder, found.transform, name)
+        about = beside.get("config.json")
+        again = formats.open_tensors(made.tensors, heads=3, format=name, about=about)
+        if name in able:
+            assert again.objective["pool"] == (pool or "patches"), name
+
+
+HF, HF_CLASSIFIER = {"hf_vit", "hf_beit"}, "ForImageClassification"
+
+
+def test_a_classifier_behind_batch_norm_is_left_out_and_said(tmp_path, capsys):
+    """MAE's linear probe: without its statistics it would be another one."""
+    found = formats.open_tensors(core() | HEAD, heads=3)
+    stats = {"mean": np.ones(48), "var": np.ones(48)}
+    extra = {"encoder": {}, "heads": {"last": stats}}
+    about = {"encoder": found.encoder, "input": found.input, "file": None}
+    network = convert.Network(about, found.params, extra, "cls", 0, "")
+    for to in ("hf_vit", "timm", "mae", "ours"):
+        path = tmp_path / to / "x.npz"
+        path.parent.mkdir()
+        lines = "".join(convert.export(network, str(path), to))
+        assert "no place for it: heads/last/rate_1, stats/heads/last" in lines
+        with np.load(path) as file:
+            assert not [n for n in file if 7 in file[n].shape]
+
+
+def test_timm_pools_as_the_file_did_also_by_way_of_a_run(source, tmp_path):
+    path = source(hidden_act="gelu", global_pool="avg")
+    convert.main([path, f"{tmp_path}/run"])
+    for start in (path, f"{tmp_path}/run"):
+        convert.main([start, f"{tmp_path}/out/x.npz", "--to=timm"])
+        again = formats.open_file(f"{tmp_path}/out/x.npz")
+        assert again.objective["pool"] == "patches"
+        about = json.loads((tmp_path / "out" / "config.json").read_text())
+        assert about["model_args"]["global_pool"] == "avg"
+        assert not {"class", "mlp", "norm_eps"} & set(about)  # nobody reads them
+        shutil.rmtree(tmp_path / "out")
+        convert.main([start, f"{tmp_path}/out/x.npz", "--to=hf_vit"])
+        about = json.loads((tmp_path / "out" / "config.json").read_text())
+        assert about["architectures"] == ["ViTModel"]
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_the_share_of_a_crop_gives_its_side_again():
+    for side in range(1, 600):
+        for crop in range(1, side + 1):
+            assert math.floor(crop / handover.share(crop, side)) == side, (crop, side)
 
 
 def images():

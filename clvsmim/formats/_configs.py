@@ -44,7 +44,7 @@ def labels(leaves: Leaves) -> dict[str, Any]:
 
 
 def timm_config(
-    leaves: Leaves, encoder: Mapping[str, Any], class_name: str
+    leaves: Leaves, encoder: Mapping[str, Any], class_name: str, pool: str
 ) -> dict[str, Any]:
     """Which class of timm, and its keyword arguments.
 
@@ -52,7 +52,6 @@ def timm_config(
     `norm_layer=partial(LayerNorm, eps=norm_eps)`.
     """
     kernel = leaves.get(f"{HEAD}/kernel")
-    fc_norm = f"{HEAD}/fc_norm/scale" in leaves
     hidden = encoder["mlp_ratio"] * (2 if encoder["mlp"] == "swiglu" else 1)
     arguments = {
         "img_size": tuple(encoder["image"]),
@@ -63,9 +62,8 @@ def timm_config(
         "mlp_ratio": hidden,
         "num_classes": 0 if kernel is None else kernel.shape[1],
         "init_values": encoder["layer_scale"] or None,
+        "global_pool": timm_pool(pool),
     }
-    pooled = fc_norm or (kernel is not None and not encoder["prefix"])
-    arguments["global_pool"] = "avg" if pooled else "token"
     return {
         "class": class_name,
         "arguments": arguments,
@@ -73,3 +71,8 @@ def timm_config(
         "norm_eps": encoder["norm_eps"],
         "parameters": sum(math.prod(x.shape) for x in leaves.values()),
     }
+
+
+def timm_pool(pool: str) -> str:
+    """What a classifier reads, in timm's word."""
+    return "token" if pool == "cls" else "avg"

@@ -10,6 +10,7 @@ from clvsmim.formats import _rules
 from clvsmim.formats._family import Family
 from clvsmim.formats._open import Opened, Origin
 from clvsmim.formats._report import some
+from clvsmim.formats._tables import HEAD
 
 Tree = Any
 
@@ -35,6 +36,7 @@ def export(
     encoder: Mapping[str, Any],
     to: str,
     *,
+    pool: str = "",
     decoder_heads: int = 0,
     origin: Origin | None = None,
 ) -> Exported:
@@ -44,6 +46,9 @@ def export(
       params, extra: as of `Opened`, or of a checkpoint of ours.
       encoder: every field of `vit.Spec`.
       to: a module of `formats` ("timm", "hf_vit", ...).
+      pool: what a classifier reads, "cls" or "patches"; "" is CLS, or the patches if
+        there is none or the classifier has a LayerNorm of its own. One that their code
+        would read otherwise is left out.
       decoder_heads: of MAE's decoder, if there is one.
       origin: of the `Opened` that they came from: names, dtypes and dropped tensors are
         given back as they were, if it was of the same family.
@@ -56,13 +61,19 @@ def export(
     leaves = {n: np.asarray(x, np.float32) for n, x in tree.named(params).items()}
     leaves |= {f"stats/{n}": np.asarray(x) for n, x in tree.named(extra).items()}
     same = origin is not None and origin.family == to
-    if not (same and origin.about):  # which is written again, and tells
-        refuse_unsaid(encoder, family)
+    refuse_unsaid(encoder, family)
     own = (
         family.unfold(leaves, origin.folded if same else ())
         if family.unfold
         else leaves
     )
+
+    reads, norm = classifier(own, encoder, pool)
+    apart = []
+    if not same and (reads, norm) not in family.classifiers:
+        apart = [n for n in own if n.startswith(f"{HEAD}/")]
+        own = {n: x for n, x in own.items() if n not in apart}
+        reads, _ = classifier(own, encoder, "")
     absent = [n for n in family.needs if not any(k in own for k in n.split("|"))]
     if absent:
         raise ValueError(f"a {family.title} needs {some(absent)}, which is not here")
@@ -74,23 +85,50 @@ def export(
     refuse_left([n for n in left if "encoder/" in n], family.title)
     if same:
         tensors = as_it_was(tensors, origin, family)
-    config = family.config(own, encoder, decoder_heads) if family.config else {}
-    if same and origin.about:
-        config = dict(origin.about)
-    return Exported(tensors, config, left)
+    config = family.config(own, encoder, decoder_heads, reads) if family.config else {}
+    if same:
+        config = beside_it(origin.about, config)
+    return Exported(tensors, config, [*left, *apart])
 
 
 def export_again(opened: Opened, to: str = "") -> Exported:
     """What was opened, in the names of another family, or as the file that it was."""
-    decoder = (opened.objective or {}).get("decoder", {})
+    objective = opened.objective or {}
     return export(
         opened.params,
         opened.extra,
         opened.encoder,
         to or opened.family,
-        decoder_heads=decoder.get("heads", 0),
+        pool=objective.get("pool", ""),
+        decoder_heads=objective.get("decoder", {}).get("heads", 0),
         origin=opened.origin,
     )
+
+
+def classifier(
+    leaves: Mapping[str, Any], encoder: Mapping[str, Any], pool: str
+) -> tuple[str, str]:
+    """What a classifier reads, and the norm of its own, as in `Family.classifiers`."""
+    norm = "none"
+    if "stats/heads/last/mean" in leaves:
+        norm = "batch"
+    elif f"{HEAD}/fc_norm/scale" in leaves:
+        norm = "both" if encoder["final_norm"] else "layer"
+    if not encoder["prefix"]:
+        return "tokens", norm
+    return pool or ("patches" if norm in ("layer", "both") else "cls"), norm
+
+
+def beside_it(about: Mapping[str, Any], made: dict[str, Any]) -> dict[str, Any]:
+    """The config.json of the file if the same library wrote it, for it may say more.
+
+    Hugging Face's knows nothing of heads that were given, nor that a patch embedding of
+    grey images is one of RGB here.
+    """
+    if "model_type" in made and "model_type" in about:
+        ours = ("num_attention_heads", "num_channels")
+        return dict(about) | {key: made[key] for key in ours}
+    return dict(about) if "class" in made and "architecture" in about else made
 
 
 def refuse_left(left: list[str], title: str) -> None:

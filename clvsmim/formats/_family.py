@@ -66,6 +66,10 @@ class Family(NamedTuple):
       fields: of `vit.Spec`, which the tensors cannot tell.
       can: field of `vit.Spec` -> the values that its code, or what is written beside
         its tensors, can have; any where a field is not named.
+      classifiers: (what a classifier reads, its own norm) as its code can have them:
+        "cls", "patches" (their mean) or "tokens" (of an encoder without CLS), and
+        "none", "layer" (in the place of the encoder's last norm), "both" (behind that
+        norm) or "batch" (a BatchNorm).
       heads_of_s: heads of its 384-wide ViT.
       evaluation: how its images are prepared; None for files of ours, whose run
         knows.
@@ -73,8 +77,8 @@ class Family(NamedTuple):
       prepare: tensors -> tensors, before anything else (to unstack blocks).
       fold: (leaves, their config) -> notes; changes leaves read into canonical ones.
       unfold: (leaves, folded) -> leaves in the form that the rules can write.
-      config: (leaves, encoder fields, decoder heads) -> what a library needs beside
-        the tensors to build the network.
+      config: (leaves, encoder fields, decoder heads, what a classifier reads) -> what a
+        library needs beside the tensors to build the network.
       alone: what to say of an encoder without the heads that such files may have.
       checked: against which library's own writer or code the table was tested.
     """
@@ -89,13 +93,14 @@ class Family(NamedTuple):
     needs: tuple[str, ...] = ()
     fields: dict[str, Any] = {}
     can: dict[str, tuple] = {"mlp": ("gelu",), "norm_eps": (1e-6,)}
+    classifiers: tuple[tuple[str, str], ...] = (("cls", "none"), ("patches", "layer"))
     heads_of_s: int = 6
     evaluation: Evaluation | None = Evaluation()
     aliases: tuple[tuple[str, str], ...] = ()
     prepare: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
     fold: Callable[[Leaves, Mapping], list[str]] | None = None
     unfold: Callable[[Leaves, tuple[str, ...]], Leaves] | None = None
-    config: Callable[[Leaves, Mapping, int], dict] | None = None
+    config: Callable[[Leaves, Mapping, int, str], dict] | None = None
     alone: str = "an encoder alone"
     checked: str = ""
 

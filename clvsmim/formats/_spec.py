@@ -296,8 +296,9 @@ def objective_of(
         return {"name": "simmim"}
     if f"{HEAD}/kernel" in at:
         layer = f"{HEAD}/fc_norm/scale" in at
-        pooled = layer or "encoder/cls_token" not in leaves
-        pooled = pooled or about.get("global_pool") == "avg"  # of timm
+        said = about.get("model_args", {}).get("global_pool", about.get("global_pool"))
+        pooled = {"avg": True, "token": False}.get(str(said), layer)  # of timm
+        pooled = pooled or "encoder/cls_token" not in leaves
         return {
             "name": "classify",
             "classes": at[f"{HEAD}/kernel"][1],

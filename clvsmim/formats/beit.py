@@ -37,10 +37,10 @@ def recognise(look: Look) -> str:
     return "q and v biases as in fine-tuned BEiT"
 
 
-def config(leaves: Leaves, encoder: dict, decoder_heads: int) -> dict:
+def config(leaves: Leaves, encoder: dict, decoder_heads: int, pool: str) -> dict:
     """Of timm's Beit."""
     del decoder_heads
-    found = timm_config(leaves, encoder, "timm.models.beit.Beit")
+    found = timm_config(leaves, encoder, "timm.models.beit.Beit", pool)
     found["arguments"] |= {
         "use_abs_pos_emb": encoder["position"] != "none",
         "use_rel_pos_bias": encoder["relative"] == "per_block",

@@ -63,10 +63,10 @@ def unfold(leaves: Leaves, folded: tuple[str, ...]) -> Leaves:
     return unfold_positions(zero_key_bias(leaves), folded)
 
 
-def config(leaves: Leaves, encoder: dict, decoder_heads: int) -> dict:
+def config(leaves: Leaves, encoder: dict, decoder_heads: int, pool: str) -> dict:
     """Of timm's distilled or plain class."""
     del decoder_heads
     kind = "deit.VisionTransformerDistilled"
     if "encoder/registers" not in leaves:
         kind = "vision_transformer.VisionTransformer"
-    return timm_config(leaves, encoder, f"timm.models.{kind}")
+    return timm_config(leaves, encoder, f"timm.models.{kind}", pool)

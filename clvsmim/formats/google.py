@@ -45,6 +45,7 @@ def make() -> Family:
         needs=(*CORE[1:], "encoder/pos_embed", "encoder/ln_final/scale"),
         fields={"mlp": "gelu_tanh"},
         can={"mlp": ("gelu_tanh",), "norm_eps": (1e-6,)},
+        classifiers=(("cls", "none"), ("tokens", "none")),
         evaluation=Evaluation(HALVES, share=0.9, whole=384),
         prepare=unstacked,
         fold=fold,

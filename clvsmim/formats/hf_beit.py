@@ -95,9 +95,9 @@ def recognise(look: Look) -> str:
     return ""
 
 
-def config(leaves: Leaves, encoder: dict, decoder_heads: int) -> dict:
+def config(leaves: Leaves, encoder: dict, decoder_heads: int, pool: str) -> dict:
     """config.json of BeitModel or BeitForImageClassification."""
-    del decoder_heads
+    del decoder_heads, pool
     classify = f"{HEAD}/kernel" in leaves
     return {
         **hf_config(

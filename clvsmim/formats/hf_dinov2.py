@@ -89,9 +89,9 @@ def with_layer_scale(leaves: Leaves) -> Leaves:
     return ones | leaves
 
 
-def config(leaves: Leaves, encoder: dict, decoder_heads: int) -> dict:
+def config(leaves: Leaves, encoder: dict, decoder_heads: int, pool: str) -> dict:
     """config.json of Dinov2Model or Dinov2WithRegistersModel."""
-    del decoder_heads
+    del decoder_heads, pool
     registers = leaves.get("encoder/registers")
     kind = ("dinov2", "Dinov2Model")
     more = {}

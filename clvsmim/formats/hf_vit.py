@@ -50,6 +50,7 @@ def make() -> Family:
         needs=(*CORE, "encoder/pos_embed", "encoder/ln_final/scale"),
         fields={"norm_eps": 1e-12},
         can={"mlp": ("gelu", "gelu_tanh")},
+        classifiers=(("cls", "none"),),
         evaluation=Evaluation(HALVES, "bilinear", 1.0, squeeze=True, floor=True),
         unfold=unfold,
         config=config,
@@ -88,9 +89,9 @@ def unfold(leaves: Leaves, folded: tuple[str, ...]) -> Leaves:
     return with_distillation_row(zero_key_bias(leaves))
 
 
-def config(leaves: Leaves, encoder: dict, decoder_heads: int) -> dict:
+def config(leaves: Leaves, encoder: dict, decoder_heads: int, pool: str) -> dict:
     """config.json of ViTModel and its relatives."""
-    del decoder_heads
+    del decoder_heads, pool
     kind, model = "Model", ("vit", "ViT")
     if "encoder/registers" in leaves:
         model = ("deit", "DeiT")

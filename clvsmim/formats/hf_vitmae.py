@@ -67,8 +67,9 @@ def decoder() -> tuple[Rule, ...]:
     )
 
 
-def config(leaves: Leaves, encoder: dict, decoder_heads: int) -> dict:
+def config(leaves: Leaves, encoder: dict, decoder_heads: int, pool: str) -> dict:
     """config.json of ViTMAEForPreTraining, or of ViTMAEModel without a decoder."""
+    del pool
     found = {
         **hf_config("vit_mae", "ViTMAEModel", encoder),
         **intermediate(encoder),

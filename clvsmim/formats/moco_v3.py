@@ -34,6 +34,7 @@ def make() -> Family:
         needs=(*CORE[:1], *CORE[3:], "encoder/pos_embed", "encoder/ln_final/scale"),
         alone="an encoder without the projector and predictor of pre-training",
         fields={"init": "moco_v3", "position": "moco_sincos"},
+        classifiers=(("cls", "none"),),
         heads_of_s=12,
         evaluation=Evaluation(filter="bilinear"),
         checked="recordings of the original code (tests/golden)",

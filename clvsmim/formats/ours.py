@@ -1,9 +1,12 @@
 """Our own names, as in the checkpoints that `clvsmim` writes."""
 
+import itertools
+
 from clvsmim.formats import dinov2, mae, moco_v3, simmim
-from clvsmim.formats._configs import hf_config
+from clvsmim.formats._configs import hf_config, timm_pool
 from clvsmim.formats._family import CORE, Family, Look
 from clvsmim.formats._rules import SAME, Leaves, Rule
+from clvsmim.formats._tables import HEAD
 
 STARTS = (
     (r"params/", ""),
@@ -26,6 +29,9 @@ def make() -> Family:
         rules=tuple(Rule(name, (name,), SAME) for name in names),
         needs=(*CORE[:1], *CORE[3:]),
         can={},
+        classifiers=tuple(
+            itertools.product(("cls", "patches", "tokens"), ("none", "layer", "both"))
+        ),
         config=config,
         evaluation=None,
         checked="itself",
@@ -39,8 +45,11 @@ def recognise(look: Look) -> str:
     return ""
 
 
-def config(leaves: Leaves, encoder: dict, decoder_heads: int) -> dict:
-    """What the tensors do not tell, in the words of Hugging Face, which are read."""
-    del leaves, decoder_heads
+def config(leaves: Leaves, encoder: dict, decoder_heads: int, pool: str) -> dict:
+    """What the tensors do not tell, in Hugging Face's and timm's words."""
+    del decoder_heads
     words = hf_config("", "", encoder)
-    return {k: words[k] for k in ("image_size", "hidden_act", "layer_norm_eps")}
+    found = {k: words[k] for k in ("image_size", "hidden_act", "layer_norm_eps")}
+    return found | (
+        {"global_pool": timm_pool(pool)} if f"{HEAD}/kernel" in leaves else {}
+    )

@@ -1,5 +1,7 @@
 """timm's VisionTransformer: flat names, with a classifier, layer scale, registers."""
 
+import itertools
+
 from clvsmim.formats._configs import timm_config
 from clvsmim.formats._evaluation import HALVES, Evaluation
 from clvsmim.formats._family import CORE, Family, Look
@@ -30,6 +32,9 @@ def make() -> Family:
         unfold=unfold,
         config=config,
         can={"mlp": ("gelu", "gelu_tanh", "swiglu"), "norm_eps": (1e-6,)},
+        classifiers=tuple(
+            itertools.product(("cls", "patches", "tokens"), ("none", "layer"))
+        ),
         evaluation=Evaluation(HALVES, share=0.9, whole=384),
         checked="timm",
     )
@@ -53,11 +58,11 @@ def unfold(leaves: Leaves, folded: tuple[str, ...]) -> Leaves:
     return unfold_positions(zero_key_bias(leaves), folded)
 
 
-def config(leaves: Leaves, encoder: dict, decoder_heads: int) -> dict:
+def config(leaves: Leaves, encoder: dict, decoder_heads: int, pool: str) -> dict:
     """Of timm's VisionTransformer."""
     del decoder_heads
     kind = "timm.models.vision_transformer.VisionTransformer"
-    found = timm_config(leaves, encoder, kind)
+    found = timm_config(leaves, encoder, kind, pool)
     registers = leaves.get("encoder/registers")
     table, cls = leaves["encoder/pos_embed"], "encoder/cls_token" in leaves
     patches = (encoder["image"][0] // encoder["patch"]) * (
