@@ -569,9 +569,11 @@ def test_a_mutated_file_is_one_line_or_the_same_network(golden):
 ABOUT = (
     {"num_attention_heads": "3"},
     {"num_attention_heads": 0},
-    {"layer_norm_eps": None},
+    {"layer_norm_eps": "1e-6"},
     {"image_size": [32]},
-    {"pretrained_cfg": {"mean": 0.5}},
+    {"pretrained_cfg": {"mean": [0.5, 0.5]}},
+    {"pretrained_cfg": "vit"},
+    {"model_args": []},
     {"hidden_act": "relu"},
 )
 
@@ -580,6 +582,27 @@ ABOUT = (
 def test_a_config_that_cannot_be_is_refused(about):
     with pytest.raises(ValueError, match="config.json"):
         formats.open_tensors(core() | HEAD, heads=3, about=about)
+
+
+def test_null_says_nothing_in_a_config():
+    keys = ("layer_norm_eps", "image_size", "model_args", "pretrained_cfg")
+    keys += ("num_attention_heads", "hidden_act", "global_pool")
+    about = dict.fromkeys(keys) | {"input_size": None}
+    plain = formats.open_tensors(core() | HEAD, heads=3)
+    for more in ({}, {"pretrained_cfg": {"mean": None, "std": None}}):
+        found = formats.open_tensors(core() | HEAD, heads=3, about=about | more)
+        assert (found.encoder, found.input) == (plain.encoder, plain.input)
+        assert found.origin.about == about | more  # as it was, to be given back
+
+
+def test_what_config_json_tells_is_said():
+    about = {"layer_norm_eps": 1e-5, "hidden_act": "gelu_new"}
+    found = formats.open_tensors(core() | HEAD, heads=3, about=about).report.found
+    assert "LayerNorm epsilon 1e-05, by config.json" in found
+    assert "GELU by tanh, by config.json" in found
+    about = {"model_args": {"act_layer": "gelu"}}
+    found = formats.open_tensors(core() | HEAD, heads=3, about=about).report.found
+    assert "GELU the exact one, by config.json" in found
 
 
 def test_the_decoder_is_checked_too(golden):

@@ -78,29 +78,55 @@ def test_sizes_of_another_network_are_not_followed_colours_are(opened):
     assert "preprocessor_config.json makes them 224 x 224 px" in assumed
 
 
-@pytest.mark.parametrize("change", ({"image_processor_type": "X"}, {"resample": 1}))
+STRANGE = (
+    {"image_processor_type": "X"},
+    {"resample": 1},
+    {"resample": [3]},
+    {"do_resize": False},
+    {"size": "224"},
+    {"size": {"shortest_edge": 24}},  # from which no 32 x 32 can be cut
+    {"crop_size": [32, 32, 3]},
+)
+
+
+@pytest.mark.parametrize("change", STRANGE)
 def test_what_is_not_understood_is_said(opened, change):
     found = opened(FITTING | ODD | change)
     assert found.input["mean"] == (0.1, 0.2, 0.3)
     assert found.transform.filter == "bicubic"
     _, (assumed,) = lines(found)
-    assert "for of preprocessor_config.json:" in assumed
+    assert assumed.startswith("images resized as is usual: ")
 
 
-@pytest.mark.parametrize("change", ({"do_normalize": False}, {"rescale_factor": 1 / 2}))
+@pytest.mark.parametrize("change", ({"do_rescale": False}, {"rescale_factor": 1 / 2}))
 def test_mean_and_std_of_other_pixels_are_not_taken(opened, change):
     found = opened(FITTING | ODD | change)
     assert found.input["mean"] == (0.5, 0.5, 0.5)
-    assert len(lines(found)[1]) == 2
+    _, (resized, colour) = lines(found)
+    assert colour.endswith(
+        "the usual ones; preprocessor_config.json does not tell them"
+    )
+
+
+def test_pixels_that_are_not_normalised_have_mean_0_and_std_1(opened):
+    found = opened(FITTING | ODD | {"do_normalize": False})
+    assert found.input == {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+    assert found.transform.resize == 40 and not lines(found)[1]
+
+
+def test_one_number_of_a_grey_network_is_of_all_channels(opened):
+    said = {"mean": [0.1307], "std": [0.3081], "input_size": [1, 28, 28]}
+    found = opened(config={"pretrained_cfg": said})
+    assert found.input == {"mean": (0.1307,) * 3, "std": (0.3081,) * 3}
+    found = opened(FITTING | {"image_mean": [0.25], "image_std": 0.5})
+    assert found.input == {"mean": (0.25,) * 3, "std": (0.5,) * 3}
 
 
 BAD = {
     "a word": FITTING | {"image_mean": ["a", "b", "c"]},
-    "one number": FITTING | {"image_std": 0.5},
+    "two numbers": FITTING | {"image_std": [0.5, 0.5]},
     "zero": FITTING | {"image_std": [0, 0, 0]},
-    "size": FITTING | {"size": "224"},
-    "crop": FITTING | {"crop_size": [32, 32]},
-    "filter": FITTING | {"resample": [3]},
+    "factor": FITTING | {"rescale_factor": "1/255"},
     "cut off": '{"image_mean": [0.5',
     "a list": "[1]",
     "empty": "",

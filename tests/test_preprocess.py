@@ -219,31 +219,55 @@ OLD_BEIT = {  # of microsoft/beit-base-patch16-224
 
 
 def timm(**changes):
-    return {"pretrained_cfg": TIMM["pretrained_cfg"] | changes}
+    return TIMM["pretrained_cfg"] | changes
+
+
+def from_timm(said):
+    return preprocess.from_timm(preprocess.checked(said))
+
+
+def from_hf(said):
+    return preprocess.from_hf(preprocess.checked(said))
 
 
 def test_settings_of_timm():
     wanted = preprocess.transform("timm", (224, 224))
-    assert preprocess.from_timm(TIMM) == wanted._replace(
-        mean=IMAGENET[0], std=IMAGENET[1]
-    )
-    large = timm(input_size=[3, 518, 518], crop_pct=1.0)["pretrained_cfg"]
-    assert preprocess.from_timm(large).resize == 518
-    squash = preprocess.from_timm(timm(crop_mode="squash", interpolation="bilinear"))
+    colour = {"mean": IMAGENET[0], "std": IMAGENET[1]}
+    assert from_timm(timm()) == wanted._replace(**colour)
+    large = timm(input_size=[3, 518, 518], crop_pct=1.0)
+    assert from_timm(large).resize == 518
+    squash = from_timm(timm(crop_mode="squash", interpolation="bilinear"))
     assert (squash.resize, squash.filter) == ((248, 248), "bilinear")
 
 
 def test_settings_of_hugging_face():
-    assert preprocess.from_hf(DINOV2) == preprocess.transform("hf_dinov2", (224, 224))
-    old = preprocess.from_hf(OLD_BEIT)
+    assert from_hf(DINOV2) == preprocess.transform("hf_dinov2", (224, 224))
+    old = from_hf(OLD_BEIT)
     beit = preprocess.transform("hf_beit", (224, 224))
     assert old == beit._replace(filter="bilinear")
     # What a file leaves out is the processor's default; a number is one side.
     for name, family in (("ViT", "hf_vit"), ("Beit", "hf_beit")):
-        bare = preprocess.from_hf({"image_processor_type": f"{name}ImageProcessor"})
+        bare = from_hf({"image_processor_type": f"{name}ImageProcessor"})
         assert bare == transform(family, 224)
     short = {k: v for k, v in DINOV2.items() if k != "crop_size"} | {"size": 256}
-    assert preprocess.from_hf(short) == preprocess.from_hf(DINOV2)
+    assert from_hf(short) == from_hf(DINOV2)
+
+
+def test_spellings_of_hugging_face():
+    want = from_hf(DINOV2)
+    for change in (
+        {"size": {"shortest_edge": 256, "longest_edge": None}},
+        {"crop_size": [224, 224]},
+        {"crop_size": {"height": 224, "width": 224, "shortest_edge": None}},
+    ):
+        assert from_hf(DINOV2 | change) == want
+    sides = from_hf({"image_processor_type": "ViTImageProcessor", "size": [32, 64]})
+    assert sides.crop == sides.resize == (32, 64)  # rows, columns
+    for one in (0.25, [0.25]):
+        grey = from_hf(DINOV2 | {"image_mean": one, "image_std": one})
+        assert (grey.mean, grey.std) == ((0.25,) * 3, (0.25,) * 3)
+    none = from_hf(DINOV2 | {"do_normalize": False})
+    assert none == want._replace(mean=(0.0,) * 3, std=(1.0,) * 3)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +289,7 @@ def test_settings_of_hugging_face():
     ],
 )
 def test_settings_that_are_not_understood(read, config, message):
-    function = getattr(preprocess, f"from_{read}")
+    function = {"timm": from_timm, "hf": from_hf}[read]
     with pytest.raises(ValueError, match=message) as error:
         function(config)
     assert "\n" not in str(error.value)
@@ -286,7 +310,7 @@ def test_pixels_are_those_of_the_live_processor(module):
     torchvision_stub.install()
     name, changes = PROCESSORS[module]
     processor = getattr(transformers, name)(**changes)
-    given = preprocess.from_hf(processor.to_dict())
+    given = from_hf(processor.to_dict())
     for image in PICTURES:
         theirs = processor(image, return_tensors="np")["pixel_values"][0]
         ours = preprocess.normalised(preprocess.pixels(image, given), given)

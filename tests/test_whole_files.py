@@ -226,6 +226,10 @@ def test_a_json_file_beside_is_an_object_or_refused(tmp_path):
             _about.beside(weights, "config.json")
     place.write_bytes('{"é": 1}'.encode())
     assert _about.beside(weights, "config.json") == {"é": 1}
+    place.unlink()
+    place.mkdir()
+    with pytest.raises(ValueError, match="config.json is no JSON object"):
+        _about.beside(weights, "config.json")
 
 
 HF = {"image_processor_type": "BitImageProcessor"}
@@ -234,16 +238,15 @@ BAD = (
     ("timm", {"input_size": [3, "224", 224]}),
     ("timm", {"input_size": [3, 224, 224], "crop_pct": "0.9"}),
     ("timm", {"input_size": [3, 224, 224], "crop_pct": -1}),
-    ("timm", {"input_size": [3, 224, 224], "mean": 0.5}),
+    ("timm", {"input_size": [3, 224, 224], "mean": [0.5, 0.5]}),
+    ("timm", {"input_size": [3, 224, 224], "mean": "0.5"}),
     ("timm", {"input_size": [3, 224, 224], "std": [0, 0, 0]}),
     ("timm", {"input_size": [3, 224, 224], "interpolation": ["bicubic"]}),
-    ("timm", {"pretrained_cfg": "vit"}),
     ("timm", ["input_size"]),
     ("hf", HF | {"size": "224"}),
     ("hf", HF | {"size": {"shortest_edge": 1e9}}),
-    ("hf", HF | {"crop_size": [224, 224]}),
     ("hf", HF | {"image_mean": ["a", "b", "c"]}),
-    ("hf", HF | {"image_std": [0.5]}),
+    ("hf", HF | {"image_std": [0.5, 0.5]}),
     ("hf", HF | {"rescale_factor": "1/255"}),
     ("hf", HF | {"resample": [3]}),
     ("hf", None),
@@ -252,8 +255,8 @@ BAD = (
 
 @pytest.mark.parametrize("read, said", BAD)
 def test_settings_of_images_of_another_kind(read, said):
-    with pytest.raises(ValueError, match="preprocessing config") as caught:
-        getattr(_preprocess, f"from_{read}")(said)
+    with pytest.raises(ValueError, match="preprocess(ing |or_)config") as caught:
+        getattr(_preprocess, f"from_{read}")(_preprocess.checked(said))
     assert "\n" not in str(caught.value)
 
 

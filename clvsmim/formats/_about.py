@@ -8,6 +8,7 @@ from typing import Any
 from etils import epath
 
 from clvsmim import plugin
+from clvsmim.formats._preprocess import without_nulls
 from clvsmim.formats._spec import ACTIVATIONS, activation_of
 
 # What is read of it, and of which kind.
@@ -16,16 +17,16 @@ NUMBERS = ("layer_norm_eps", "layer_scale_init_value", "layerscale_value")
 
 
 def check_about(about: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The same, if what is read of it can be used.
+    """The same without nulls, if what is read of it can be used.
 
     Raises:
       ValueError: a value of another kind, or an activation that is not ours.
     """
+    about = without_nulls(about)
     for key, good in (
         *((key, _count) for key in COUNTS),
         *((key, _number) for key in NUMBERS),
         ("image_size", _size),
-        ("pretrained_cfg", _pretrained),
         ("model_args", lambda x: isinstance(x, dict)),
     ):
         if key in about and not good(about[key]):
@@ -50,16 +51,6 @@ def _size(x: Any) -> bool:
     )
 
 
-def _pretrained(x: Any) -> bool:
-    if not isinstance(x, dict):
-        return False
-    colours = [x[key] for key in ("mean", "std") if key in x]
-    return all(
-        isinstance(c, list | tuple) and len(c) == 3 and all(map(_number, c))
-        for c in colours
-    )
-
-
 def beside(path: str, name: str) -> dict[str, Any]:
     """The JSON object in the file `name` beside `path`; {} where there is none.
 
@@ -71,7 +62,7 @@ def beside(path: str, name: str) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(place.read_bytes())
-    except (ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError):  # OSError: of a folder
         found = None
     if not isinstance(found, dict):
         raise ValueError(

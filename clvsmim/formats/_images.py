@@ -12,6 +12,7 @@ from clvsmim.formats._preprocess import (
     hf_colour,
     timm_colour,
     transform,
+    view,
 )
 from clvsmim.formats._report import Report
 
@@ -36,11 +37,12 @@ def images_of(
       about, processor: config.json (its part of timm), preprocessor_config.json.
 
     Raises:
-      ValueError: what is read of them cannot be.
+      ValueError: a mean or std that cannot be.
     """
     timm = about.get("pretrained_cfg") or (about if "input_size" in about else {})
-    where, colour, found = PROCESSOR, {}, None
+    where, colour, found = "", {}, None
     if processor:
+        where = PROCESSOR
         colour, found = told(processor, where, from_hf, hf_colour, out)
     elif timm:
         where = f"timm's {CONFIG}"
@@ -51,10 +53,10 @@ def images_of(
     if len(colour) == 2:
         out.found.append(f"{line}, by {where}")
     else:
-        out.assumed.append(
-            f"{line}, the usual ones; a {PROCESSOR} or timm's {CONFIG} beside the file "
-            "would tell"
-        )
+        why = f"a {PROCESSOR} or timm's {CONFIG} beside the file would tell"
+        if where:
+            why = f"{where} does not tell {'all of ' if colour else ''}them"
+        out.assumed.append(f"{line}, the usual ones; {why}")
     colour = base | colour
     if found and found.crop == tuple(image):
         return colour, found
@@ -80,7 +82,8 @@ def told(
         raise ValueError(f"{where} beside it: {error}; mend or remove it") from error
     try:
         found = read(good)
-    except ValueError as error:  # of a processor, or with a step, that is not known
-        out.assumed.append(f"images resized as is usual, for of {where}: {error}")
+        view(found)
+    except ValueError as error:  # unknown, or sizes of which none can be cut
+        out.assumed.append(f"images resized as is usual: {error}")
         return colour(good), None
     return {"mean": found.mean, "std": found.std}, found

@@ -113,7 +113,7 @@ def open_tensors(
             (heads, decoder_heads),
             tuple(image),
             (partial, ignore),
-            check_about(about or {}),
+            about or {},
             processor or {},
             source,
         )
@@ -133,6 +133,7 @@ def _open(
     source: str,
 ) -> Opened:
     out = Report(source=source)
+    given, about = about, check_about(about)
     out.family, family, out.evidence = choose(Look(tensors), format)
     out.title = family.title
     tensors = family.prepare(tensors) if family.prepare else tensors
@@ -179,7 +180,7 @@ def _open(
         {names[n]: dtype for n, dtype in found.cast.items()},
         {n: tensors[n] for n in out.dropped},
         tuple(folded),
-        about,
+        given,
     )
     return Opened(
         family=out.family,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -63,10 +63,6 @@ def transform(family: str, image: Sequence[int]) -> Transform:
     )
 
 
-def _colour(x: Any, least: float) -> bool:
-    return _list(x) and len(x) == 3 and all(_number(c) and c >= least for c in x)
-
-
 def _list(x: Any) -> bool:
     return isinstance(x, list | tuple)
 
@@ -80,63 +76,73 @@ def _side(x: Any) -> bool:
     return isinstance(x, int) and _number(x) and x > 0
 
 
-def _side_or_sides(x: Any) -> bool:
-    return _side(x) or (isinstance(x, dict) and x != {} and all(map(_side, x.values())))
-
-
-# What is read of the JSON files of both libraries, and what it can be.
-_KINDS: dict[str, Callable[[Any], bool]] = {
-    "pretrained_cfg": lambda x: isinstance(x, dict),
-    "input_size": lambda x: _list(x) and len(x) == 3 and all(map(_side, x)),
-    "crop_pct": lambda x: _number(x) and x >= 0.01,
-    "mean": lambda x: _colour(x, 0.0),
-    "std": lambda x: _colour(x, 1e-5),
-    "image_mean": lambda x: _colour(x, 0.0),
-    "image_std": lambda x: _colour(x, 1e-5),
-    "size": _side_or_sides,
-    "crop_size": _side_or_sides,
-    "rescale_factor": _number,
-    "resample": lambda x: isinstance(x, int | str),
-    "interpolation": lambda x: isinstance(x, str),
-    "crop_mode": lambda x: isinstance(x, str),
-}
+# Least values of what weights cannot do without; resizing can be as is usual.
+_COLOURS = {"mean": 0.0, "std": 1e-5, "image_mean": 0.0, "image_std": 1e-5}
 
 
 def checked(said: Any) -> dict[str, Any]:
-    """The settings of a JSON file that are not null, if what is read of them can be.
+    """The settings of a JSON file without nulls, mean and std with three numbers.
+
+    One number is of all channels. Sizes and filters are looked at where they are read.
 
     Raises:
-      ValueError: no JSON object, or a value of another kind.
+      ValueError: no JSON object, or a mean or std that cannot be.
     """
     if not isinstance(said, dict):
         raise ValueError(f"a preprocessing config that is no object: {said!r:.80}")
-    for key, good in _KINDS.items():
-        if said.get(key) is not None and not good(said[key]):
-            raise ValueError(
-                f"{key}={said[key]!r:.80} in a preprocessing config, which cannot be"
-            )
-    return {key: x for key, x in said.items() if x is not None}
+    said = without_nulls(said)
+    for key, least in _COLOURS.items():
+        row = said.get(key, 0.5)
+        row = tuple(row) if _list(row) else (row,)
+        good = len(row) in (1, 3) and all(_number(c) and c >= least for c in row)
+        if not good:
+            raise _cannot_be(key, said[key])
+        if key in said:
+            said[key] = row * (3 // len(row))
+    if not _number(said.get("rescale_factor", 1)):
+        raise _cannot_be("rescale_factor", said["rescale_factor"])
+    return said
+
+
+def without_nulls(said: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object, and those in it, without what is null: it says nothing."""
+    return {
+        key: {k: y for k, y in x.items() if y is not None} if isinstance(x, dict) else x
+        for key, x in said.items()
+        if x is not None
+    }
+
+
+def _cannot_be(key: str, got: Any) -> ValueError:
+    return ValueError(f"{key}={got!r:.80} in a preprocessing config, which cannot be")
 
 
 def from_timm(said: dict[str, Any]) -> Transform:
-    """The transform of a timm model by its `config.json` (or its `pretrained_cfg`).
+    """The transform of a timm model by the `pretrained_cfg` in its `config.json`.
+
+    Args:
+      said: as of `checked`.
 
     Raises:
       ValueError: it lacks the size of the input, or wants what is not done here.
     """
-    said = checked(checked(said).get("pretrained_cfg", said))
-    if "input_size" not in said:
+    size = said.get("input_size")
+    if size is None:
         raise ValueError(
             "a timm config without input_size=(channels, rows, columns); got "
             f"{sorted(said)}"
         )
-    mode = said.get("crop_mode") or "center"
+    if not (_list(size) and len(size) == 3 and all(map(_side, size))):
+        raise _cannot_be("input_size", size)
+    share = said.get("crop_pct", 0.875)
+    if not (_number(share) and share >= 0.01):
+        raise _cannot_be("crop_pct", share)
+    mode = said.get("crop_mode", "center")
     if mode not in ("center", "squash"):
         raise ValueError(
             f"crop_mode={mode!r} of a timm config; known: 'center', 'squash'"
         )
-    crop = tuple(said["input_size"][1:])
-    share = said.get("crop_pct") or 0.875
+    crop = tuple(size[1:])
     sides = tuple(math.floor(side / share) for side in crop)
     return Transform(
         crop=crop,
@@ -168,10 +174,12 @@ def from_hf(said: dict[str, Any]) -> Transform:
 
     Old files, of feature extractors, have a number for `size` and `crop_size`.
 
+    Args:
+      said: as of `checked`.
+
     Raises:
       ValueError: a processor, or a setting of it, that is not known here.
     """
-    said = checked(said)
     name = said.get("image_processor_type") or said.get("feature_extractor_type")
     known = [k for k in _PROCESSORS if str(name).startswith(k)]
     if not known:
@@ -186,11 +194,13 @@ def from_hf(said: dict[str, Any]) -> Transform:
         **_PROCESSORS[known[0]],
         **said,
     }
-    if not _usual_steps(said):
-        found = {k: said[k] for k in (*_STEPS, "rescale_factor") if k in said}
+    colour = hf_colour(said)
+    if not (colour and said.get("do_resize", True)):
+        steps = ("do_resize", "do_rescale", "rescale_factor")
+        found = {k: said[k] for k in steps if k in said}
         raise ValueError(
-            f"{found} in a preprocessor_config.json; expected to resize, to divide by "
-            "255 and to normalise"
+            f"{found} in a preprocessor_config.json; expected to resize, and to divide "
+            "by 255"
         )
     resize = crop = _sides(said["size"], "size", short=known == ["Bit"])
     if said["do_center_crop"]:
@@ -201,35 +211,31 @@ def from_hf(said: dict[str, Any]) -> Transform:
             f"preprocessor_config.json, do_center_crop={said['do_center_crop']}, "
             "make images of different sizes; expected height and width"
         )
-    filters = {number: name for name, number in FILTERS.items()}
     return Transform(
         crop=crop,
         resize=resize,
-        filter=_known_filter(filters.get(said["resample"], said["resample"])),
+        filter=_known_filter(said["resample"]),
         floor=True,
-        mean=tuple(said["image_mean"]),
-        std=tuple(said["image_std"]),
+        **colour,
     )
 
 
-_STEPS = ("do_resize", "do_rescale", "do_normalize")
-
-
-def _usual_steps(said: dict[str, Any]) -> bool:
-    """Whether mean and std are of pixels in [0, 1], as ours."""
-    scale = said.get("rescale_factor", 1 / 255)
-    return all(said.get(step, True) for step in _STEPS) and abs(255 * scale - 1) <= 1e-6
-
-
 def hf_colour(said: dict[str, Any]) -> dict[str, tuple]:
-    """What a `preprocessor_config.json` says of "mean" and "std", of any processor."""
-    keys = ("mean", "std") if _usual_steps(said) else ()
-    return {k: tuple(said[f"image_{k}"]) for k in keys if f"image_{k}" in said}
+    """What a `preprocessor_config.json` says of "mean" and "std", of any processor.
+
+    {} where they are of other pixels than ours, which are in [0, 1].
+    """
+    scale = said.get("rescale_factor", 1 / 255)
+    if not said.get("do_rescale", True) or abs(255 * scale - 1) > 1e-6:
+        return {}
+    if not said.get("do_normalize", True):
+        return {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+    return {k: said[f"image_{k}"] for k in ("mean", "std") if f"image_{k}" in said}
 
 
 def timm_colour(said: dict[str, Any]) -> dict[str, tuple]:
     """The same of timm's."""
-    return {k: tuple(said[k]) for k in ("mean", "std") if k in said}
+    return {k: said[k] for k in ("mean", "std") if k in said}
 
 
 def view(given: Transform) -> CenterCrop:
@@ -254,24 +260,30 @@ def normalised(pixels: np.ndarray, given: Transform) -> np.ndarray:
     return (pixels.astype(np.float32) / np.float32(255) - mean) / std
 
 
-def _known_filter(name: Any) -> str:
-    if name not in FILTERS:
-        raise ValueError(
-            f"resampling {name!r} of a preprocessing config; known: "
-            + ", ".join(FILTERS)
-        )
-    return name
+def _known_filter(given: Any) -> str:
+    """Its name, also of Pillow's number."""
+    for name, number in FILTERS.items():
+        if given in (name, number):
+            return name
+    raise ValueError(
+        f"resampling {given!r:.80} of a preprocessing config; known: "
+        + ", ".join(FILTERS)
+    )
 
 
 def _sides(size: Any, key: str, short: bool = False) -> int | tuple[int, int]:
     """An int for the shorter side, or (height, width)."""
-    if isinstance(size, int):
+    if _side(size):
         return size if short else (size, size)
-    if set(size) == {"shortest_edge"}:
-        return size["shortest_edge"]
-    if set(size) == {"height", "width"}:
-        return size["height"], size["width"]
+    named = size if isinstance(size, dict) else {}
+    if _list(size) and len(size) == 2:
+        named = dict(zip(("height", "width"), size, strict=True))
+    if all(map(_side, named.values())):
+        if set(named) == {"shortest_edge"}:
+            return named["shortest_edge"]
+        if set(named) == {"height", "width"}:
+            return named["height"], named["width"]
     raise ValueError(
-        f"{key}={size} in a preprocessor_config.json; expected height and width, or "
-        "shortest_edge"
+        f"{key}={size!r:.80} in a preprocessor_config.json; expected height and "
+        "width, or shortest_edge"
     )

@@ -179,9 +179,13 @@ def encoder_fields(
     fields |= {k: v for k, v in own.items() if k != "position"}
     if "layer_norm_eps" in about:
         fields["norm_eps"] = float(about["layer_norm_eps"])
+        out.found.append(f"LayerNorm epsilon {fields['norm_eps']:g}, by config.json")
     elif fields["norm_eps"] != 1e-6:
         out.assumed.append(f"LayerNorm epsilon {fields['norm_eps']:g}, its default")
-    if fields["mlp"] == "gelu_tanh" and not activation:
+    if activation and not gated:
+        how = "by tanh" if activation == "gelu_tanh" else "the exact one"
+        out.found.append(f"GELU {how}, by config.json")
+    elif fields["mlp"] == "gelu_tanh":
         out.assumed.append(
             "GELU by tanh, as Google's code has it; timm runs these weights with the "
             "exact one: encoder.mlp=gelu"
