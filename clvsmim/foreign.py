@@ -53,7 +53,7 @@ def find(path: str) -> str:
 
 def as_flags(text: str) -> str:
     """A message or report of `formats`, its keywords spelt as on the command line."""
-    return re.sub(rf"(?<![\w./-])({'|'.join(FLAGS)})=", r"--\1=", text)
+    return re.sub(rf"(?<![^\s(])({'|'.join(FLAGS)})=", r"--\1=", text)
 
 
 def open_run(path: str, *, heads: int = 0) -> Opened:

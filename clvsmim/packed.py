@@ -180,5 +180,9 @@ def seconds(records: Sequence[log.Record]) -> float:
 
 
 def sha256(path: str) -> str:
-    """Of a file, in hex."""
-    return hashlib.sha256(epath.Path(path).read_bytes()).hexdigest()
+    """Of a file, in hex; by and by, for it may be larger than the memory."""
+    found = hashlib.sha256()
+    with epath.Path(path).open("rb") as file:  # one in a bucket has no `readinto`
+        while part := file.read(1 << 20):
+            found.update(part)
+    return found.hexdigest()

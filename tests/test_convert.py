@@ -1,8 +1,10 @@
 """Files of other libraries through the commands: in, out, measured, trained on."""
 
+import hashlib
 import pathlib
 import re
 import sys
+import tracemalloc
 import warnings
 
 import jax
@@ -148,6 +150,16 @@ def test_where_a_run_is_from_is_written_down(files, converted):
     assert about["path"] == str(files / "mae_full.pth") and about["family"] == "mae"
     assert about["sha256"] == packed.sha256(files / "mae_full.pth")
     assert "3 heads, as you said" in about["report"]
+
+
+def test_a_sum_is_taken_by_and_by(tmp_path):
+    content = bytes(range(256)) * 2**15  # 8 MiB
+    (tmp_path / "x").write_bytes(content)
+    tracemalloc.start()
+    got = packed.sha256(str(tmp_path / "x"))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert got == hashlib.sha256(content).hexdigest() and peak < 4 * 2**20
 
 
 def test_the_report_is_printed(files, tmp_path, capsys):
@@ -325,9 +337,8 @@ def test_errors_name_flags_as_they_are_typed(files, tmp_path, case):
 def test_reports_name_flags_as_they_are_typed(converted):
     report = meta.read_meta(converted["moco"])["file"]["report"]
     assert "there too: momentum (--branch=momentum)" in report
-    assert foreign.as_flags("encoder.heads= /a/heads=3.pth") == (
-        "encoder.heads= /a/heads=3.pth"
-    )
+    for text in ("encoder.heads= /a/heads=3.pth", "runs,heads=6.pth", "'heads=6'"):
+        assert foreign.as_flags(text) == text
 
 
 def test_a_conversion_that_fails_late_leaves_nothing(

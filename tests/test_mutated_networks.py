@@ -10,13 +10,12 @@ import re
 import numpy as np
 import pytest
 from test_formats import core
-from test_mutated import FILES, PLAIN, no_code_and_no_hang, renamed, sealed_again
+from test_mutated import PLAIN, no_code_and_no_hang, renamed, sealed_again
 
 from clvsmim import formats, plugin
 from clvsmim.formats import _rules
 
 STRUCTURE, BYTES = 400, 200
-TOGETHER = 2000
 TABLE = plugin.find("formats", "timm")().rules
 
 
@@ -171,7 +170,3 @@ def test_damaged_bytes_are_refused_or_the_same_network(tmp_path):
             assert len(report.matched) + len(report.dropped) >= len(sound()), number
     print(counts)
     assert min(counts.values()) > 0.05 * BYTES  # neither is vacuous
-
-
-def test_together_they_are_two_thousand():
-    assert FILES + STRUCTURE + BYTES == TOGETHER

@@ -137,6 +137,11 @@ CASES = {
     "itself": (lambda f: moved(f, x=INDEX), f"its shard {INDEX}: it is JSON text"),
     "no map": (lambda f: f | {INDEX: b"{}"}, "no weight_map"),
     "a list": (lambda f: f | {INDEX: b"[1]"}, "no weight_map"),
+    "pointer": (
+        lambda f: f | {INDEX: b"version https://git-lfs.github.com/spec/v1\noid"},
+        "Git LFS pointer, not the file",
+    ),
+    "page": (lambda f: f | {INDEX: b"\n<!DOCTYPE html>"}, "it is a web page"),
     "cut": (lambda f: f | {INDEX: f[INDEX][:-9]}, "it is no JSON"),
     "deep": (lambda f: f | {INDEX: b"[" * 200_000}, "damaged|no JSON"),
 }

@@ -89,6 +89,7 @@ def read(path: str) -> File:
 def _parsed(path: str) -> tuple[str, _torch.Tensors]:
     data = map_file(path)
     if path.endswith(_shards.INDEX):
+        _refuse_lookalike(data, but=(b"{", b"["))
         return _shards.read(path, data[:], lambda shard: _one(shard, map_file(shard)))
     if index := _shards.index_of(path):
         raise ValueError(f"it is one shard of several; open {index} beside it instead")
@@ -117,12 +118,12 @@ def _one(path: str, data: mmap.mmap) -> tuple[str, _torch.Tensors]:
     raise ValueError(f"expected {KINDS}, it begins with {data[:12]!r}")
 
 
-def _refuse_lookalike(data: mmap.mmap) -> None:
+def _refuse_lookalike(data: mmap.mmap, but: tuple[bytes, ...] = ()) -> None:
     if _safetensors.header_end(data):
         return
     start = data[:512].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     for beginning, what in LOOKALIKES.items():
-        if start.startswith(beginning):
+        if start.startswith(beginning) and beginning not in but:
             raise ValueError(f"it is {what}")
     if data[257:262] == b"ustar":
         raise ValueError("it is a tar archive; unpack it first: tar -xf")
