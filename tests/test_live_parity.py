@@ -193,6 +193,8 @@ RELATIVE = {"use_abs_pos_emb": False, "init_values": 0.1}
 TIMM_CASES = {
     "classifier": (VIT, {}, "timm"),
     "mean of patches": (VIT, {"global_pool": "avg"}, "timm"),
+    "mean, last norm": (VIT, {"global_pool": "avg", "fc_norm": False}, "timm"),
+    "CLS, norm": (VIT, {"global_pool": "token", "fc_norm": True}, "timm"),
     "no CLS": (VIT, {"class_token": False, "global_pool": "avg"}, "timm"),
     "no bias of q, k, v": (VIT, {"qkv_bias": False}, "timm"),
     "no position of CLS": (VIT, {"no_embed_class": True}, "timm"),
@@ -231,7 +233,8 @@ def test_timm(timm, case):
         out = model(torch.from_numpy(x)).numpy()
     # SimMIM's fine-tuned files have BEiT's names.
     format = "beit" if family == "beit" else ""
-    opened = formats.open_tensors(state(model), heads=3, format=format)
+    about = {"global_pool": model.global_pool}  # as in timm's config.json
+    opened = formats.open_tensors(state(model), heads=3, format=format, about=about)
     assert opened.family == family
     tokens, taps = ours(opened, x)
     assert_taps(taps, want)
