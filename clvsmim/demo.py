@@ -68,8 +68,7 @@ def report(out: str) -> epath.Path:
 
     live = {f"{out}/{name}/analysis": "a minute" for name in NAMES}
     members = {f"{out}/zoo/{name}": "zoo" for name in packed.names()}
-    # Other seeds of a member are for the claims alone: fewer lines in a figure.
-    drawn = live | {f: who for f, who in members.items() if not seed(f)}
+    drawn = live | {f: who for f, who in members.items() if is_drawn(f)}
     titles = [f"{present.title_of(analysis.read_series(f))}, {drawn[f]}" for f in drawn]
     return compare.compare(
         list(drawn),
@@ -83,9 +82,15 @@ def report(out: str) -> epath.Path:
     )
 
 
-def seed(folder: str) -> int:
-    """Of the training of an analysed encoder."""
-    return analysis.read_series(folder)["config"]["seed"]
+def is_drawn(member: str) -> bool:
+    """Whether an analysed member of the zoo is drawn beside the live runs.
+
+    Other seeds, and hybrids of another λ, are for the claims alone: no figure bears
+    twelve lines.
+    """
+    config = analysis.read_series(member)["config"]
+    live = recipe.get_config("hybrid").objective.lam
+    return not config["seed"] and config["objective"].get("lam", live) == live
 
 
 LEAD = (

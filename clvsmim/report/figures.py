@@ -118,7 +118,8 @@ def _lines(
                     canvas.line(ax, axis, values[:, j], error, look, dashes[name])
                 continue
             if other:
-                shift = 0.13 * (numbers[run] - (len(drawn) - 1) / 2)
+                step = min(0.13, 0.8 / len(drawn))  # within their own block
+                shift = step * (numbers[run] - (len(drawn) - 1) / 2)
                 canvas.dots(ax, axis.positions + shift, values, look)
                 values = mean(values, 1)
                 errors = None if errors is None else mean(errors, 1)
