@@ -98,7 +98,7 @@ LEAD = (
     "about a minute each. One learned by telling images apart (contrastive learning), "
     "one by filling in what was hidden (masked image modelling), one by both at once. "
     "A minute of training shows how the instruments work; it is far too short to judge "
-    "the paper's claims, and where these curves disagree with it, that is why."
+    "the paper's claims, and where these curves disagree with it, that says nothing."
 )
 
 ZOO = (
@@ -119,8 +119,8 @@ def machine() -> str:
     devices, python = jax.devices(), platform.python_version()
     return (
         f"Run on {len(devices)} x {devices[0].device_kind} with jax {jax.__version__}, "
-        f"Python {python}. Bands are one standard error over images, for one training "
-        "each; they say nothing about another seed."
+        f"Python {python}. Bands in figures are one standard error over images, for "
+        "one training each; they say nothing about another seed."
     )
 
 

@@ -11,8 +11,8 @@
 `moco_v3,1` is the same with seed 1. All have one encoder (width 64, depth 6, 64 patches
 and CLS, fixed sin-cos positions), the same AdamW and schedule, and see the same crops
 of the embedded photographs, so that only the objective varies. How the numbers were
-chosen, before what was looked at, and what came out stands in docs/mini-zoo.md. About
-a quarter of an hour each on two CPU cores. No published result.
+chosen, before what was looked at, and what came out stands in docs/mini-zoo.md. Half an
+hour each on one CPU core. No published result.
 """
 
 from ml_collections import ConfigDict

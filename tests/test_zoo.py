@@ -113,6 +113,17 @@ def test_a_damaged_member_is_refused(member):
     assert "DAMAGED" in zoo.listing()
 
 
+def test_a_damaged_log_is_listed(member):
+    assert "DAMAGED" not in zoo.listing()
+    path = packed.ZOO / "tiny" / "log.jsonl.gz"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert "DAMAGED" in zoo.listing()
+
+
+def test_what_ships_is_small():
+    assert sum(f.stat().length for f in packed.ZOO.glob("*/*")) < 8e6
+
+
 def test_what_is_not_there_is_said_in_one_line(member, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no 'tinny' in the zoo; known: tiny"):
         packed.place("zoo:tinny")
@@ -127,6 +138,9 @@ def test_only_a_finished_run_is_packed(hybrid, member, tmp_path):
     for name in ("", "a/b"):
         with pytest.raises(ValueError, match="--name="):
             zoo.pack(str(hybrid), name)
+    for packed_one in ("zoo:tiny", member):
+        with pytest.raises(ValueError, match="is packed already; name its workdir"):
+            zoo.pack(packed_one, "x")
     with pytest.raises(ValueError, match="no run in"):
         zoo.pack(str(tmp_path / "nothing"), "x")
     part = tmp_path / "part"

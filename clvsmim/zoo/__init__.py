@@ -26,6 +26,8 @@ def main(argv: Sequence[str]) -> None:
     values, rest = cli.parse(__doc__, argv, _flags)
     if rest:
         raise ValueError(f"unexpected {rest[0]!r}; `clvsmim zoo` takes flags only")
+    if values.untrained and values.pack:
+        raise ValueError("--pack and --untrained: give one of them")
     if values.untrained:
         print(pack_untrained(values.name))
     elif values.pack:
@@ -52,6 +54,8 @@ def pack(workdir: str, name: str) -> str:
     from clvsmim.analyze import load  # which asks the zoo for its folders
 
     check_name(name)
+    if packed.is_packed(packed.place(workdir)):
+        raise ValueError(f"--pack={workdir} is packed already; name its workdir")
     trained = load(workdir)
     total = (meta.read_meta(workdir) or {})["steps"]
     if trained.step < total:
@@ -114,7 +118,8 @@ def row(name: str) -> tuple[str, ...]:
     lam = f", λ = {objective['lam']:g}" if "lam" in objective else ""
     known = about["step"] or "file" in about
     size = sum(len(p.read_bytes()) for p in folder.iterdir())
-    intact = packed.sha256(folder / packed.WEIGHTS) == about["sha256"][packed.WEIGHTS]
+    sums = about["sha256"].items()
+    intact = all(packed.sha256(str(folder / file)) == want for file, want in sums)
     return (
         name,
         f"{objective['name']}{lam}" if known else "untrained",
