@@ -89,8 +89,8 @@ def is_drawn(member: str) -> bool:
     twelve lines.
     """
     config = analysis.read_series(member)["config"]
-    live = recipe.get_config("hybrid").objective.lam
-    return not config["seed"] and config["objective"].get("lam", live) == live
+    objective, live = config["objective"], recipe.get_config("hybrid").objective
+    return not config["seed"] and objective.get("lam", live.lam) == live.lam
 
 
 LEAD = (

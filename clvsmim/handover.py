@@ -85,31 +85,31 @@ def beside(
 
 
 def for_timm(
-    config: dict[str, Any], encoder: dict[str, Any], view: Transform
+    about: dict[str, Any], encoder: dict[str, Any], view: Transform
 ) -> dict[str, Any]:
     """config.json for `timm.create_model("local-dir:FOLDER", pretrained=True)`."""
     colour = {"mean": list(view.mean), "std": list(view.std)}
-    if "class" not in config:  # of the file that it came from
-        said = config.get("pretrained_cfg")
+    if "class" not in about:  # of the file that it came from
+        said = about.get("pretrained_cfg")
         more = {"pretrained_cfg": said | colour} if isinstance(said, dict) else colour
-        return config | more
+        return about | more
     rows, columns = view.crop
     side = max(view.resize) if isinstance(view.resize, tuple) else view.resize
-    more = {"act_layer": "gelu_tanh"} if config["mlp"] == "gelu_tanh" else {}
-    plain = ARCHITECTURES[config["class"].rsplit(".", 1)[-1]]
+    more = {"act_layer": "gelu_tanh"} if about["mlp"] == "gelu_tanh" else {}
+    plain = ARCHITECTURES[about["class"].rsplit(".", 1)[-1]]
     return {
-        "architecture": GATED if config["mlp"] == "swiglu" else plain,
-        "num_classes": config["arguments"]["num_classes"],
+        "architecture": GATED if about["mlp"] == "swiglu" else plain,
+        "num_classes": about["arguments"]["num_classes"],
         "num_features": encoder["width"],
         "num_attention_heads": encoder["heads"],
-        "model_args": config["arguments"] | more,
+        "model_args": about["arguments"] | more,
         "pretrained_cfg": {
             "input_size": [3, rows, columns],
             "interpolation": view.filter,
             "crop_pct": share(max(view.crop), side),
             "crop_mode": "squash" if isinstance(view.resize, tuple) else "center",
             **colour,
-            "num_classes": config["arguments"]["num_classes"],
+            "num_classes": about["arguments"]["num_classes"],
             "first_conv": "patch_embed.proj",
             "classifier": "head",
         },
