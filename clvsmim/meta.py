@@ -6,6 +6,7 @@ one in the same place is an error that names what differs.
 
 import json
 import re
+import uuid
 from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
@@ -52,7 +53,8 @@ def check_writable(workdir: str, flag: str = "--workdir") -> None:
     Args:
       flag: which argument named the folder.
     """
-    probe = epath.Path(workdir) / f".writable_{jax.process_index()}"
+    # Hosts ask at once, some of them before they know their number.
+    probe = epath.Path(workdir) / f".writable_{uuid.uuid4().hex[:12]}"
     try:
         probe.parent.mkdir(parents=True, exist_ok=True)
         probe.write_text("")

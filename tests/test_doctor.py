@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import runs
 
-from clvsmim import build, doctor, machine, preflight, rehearsal, rollcall
+from clvsmim import build, doctor, machine, meta, preflight, rehearsal, rollcall
 from clvsmim.checkpoint import Checkpoints
 from clvsmim.machine import FIX, OK, WARNING
 
@@ -371,6 +371,15 @@ def test_a_folder_that_the_hosts_share_and_one_that_they_do_not(tmp_path, called
     assert [f.state for f in states(bad)] == [OK, FIX]
     files = [p.name for p in tmp_path.rglob("*") if p.is_file()]
     assert files == ["file"]
+
+
+def test_hosts_that_ask_at_once_do_not_disturb_each_other(tmp_path):
+    def ask():
+        for _ in range(50):
+            meta.check_writable(str(tmp_path / "run"))
+
+    assert together(ask, ask, ask, ask) == [None] * 4
+    assert not list((tmp_path / "run").iterdir())
 
 
 def test_a_folder_of_another_run(capsys, tmp_path):

@@ -54,17 +54,19 @@ def pack(workdir: str, name: str) -> str:
     from clvsmim.analyze import load  # which asks the zoo for its folders
 
     check_name(name)
-    if packed.is_packed(packed.place(workdir)):
+    folder = packed.place(workdir)
+    about = meta.read_meta(folder) or {}
+    # A converted file is packed too, but it was never anything else.
+    if packed.is_packed(folder) and "file" not in about:
         raise ValueError(f"--pack={workdir} is packed already; name its workdir")
     trained = load(workdir)
-    total = (meta.read_meta(workdir) or {})["steps"]
+    total = about["steps"]
     if trained.step < total:
         raise ValueError(
             f"{workdir} is at step {trained.step} of {total}; train it to the end"
         )
-    folder = str(packed.ZOO / name)
-    packed.pack(trained, workdir, folder)
-    return folder
+    packed.pack(trained, workdir, str(packed.ZOO / name))
+    return str(packed.ZOO / name)
 
 
 def pack_untrained(name: str) -> str:
