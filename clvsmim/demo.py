@@ -103,8 +103,8 @@ LEAD = (
 
 ZOO = (
     "Beside them stand the encoders of the mini zoo, which ship with the package: "
-    "smaller ones, trained for longer on the same photographs (`clvsmim zoo` says how "
-    "long). The claims at the end are judged on these, over all their seeds."
+    "smaller ones, trained for longer on the same photographs (clvsmim zoo says how "
+    "long). The claims of the paper are judged on these, over all their seeds."
 )
 
 CHOSEN = (
