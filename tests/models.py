@@ -8,7 +8,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from clvsmim import vit
-from clvsmim.build import Program
 from clvsmim.configs import demo
 from clvsmim.objectives import Objective, hybrid, mae, moco_v3, simmim
 
@@ -128,8 +127,6 @@ def tiny_objectives() -> dict[str, Objective]:
     }
 
 
-# LLVM's optimisations are half of the time that compiling takes; XLA's stay.
-QUICK = {"xla_backend_optimization_level": 0}
 # Everything that `classify` can do, on every block.
 LABELS = {
     "name": "classify",
@@ -191,9 +188,3 @@ def pictures(spec: dict, seed: int = 0) -> dict:
 
     rows = np.arange(spec["index"].shape[0], dtype=np.int32)
     return {"views": tuple(map(view, spec["views"])), "label": rows, "index": rows}
-
-
-def quick(program: Program) -> tuple[Any, Any]:
-    """`init` and `step` of a program, compiled in half the time."""
-    step = program.step.lower(program.state, program.batch)
-    return program.init.lower().compile(QUICK), step.compile(QUICK)

@@ -7,6 +7,7 @@ where it can: in one process an equal config on equal devices is the same progra
 import atexit
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 
@@ -35,6 +36,11 @@ CHANGES = {
 }
 TIMES = ("seconds", "images_per_second", "data_wait", "mfu")
 TOTAL = 12
+
+
+def flags(devices: int) -> str:
+    """XLA_FLAGS of a process that has so many virtual devices."""
+    return re.sub(r"(_device_count=)\d+", rf"\g<1>{devices}", os.environ["XLA_FLAGS"])
 
 
 def share_compilations() -> None:

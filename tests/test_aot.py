@@ -10,7 +10,6 @@ import sys
 import jax
 import pytest
 import runs
-from models import QUICK
 
 from clvsmim import aot, aot_report, aot_text, build, cli, hlo, optim, roofline, tree
 
@@ -189,7 +188,7 @@ def compiled():
     table, so that more bytes are reduced than it has.
     """
     program = build.build(runs.config(**PLAIN), jax.devices())
-    step = program.step.lower(program.state, program.batch).compile(QUICK)
+    step = program.step.lower(program.state, program.batch).compile()
     return program, hlo.read(step.as_text(), devices=8)
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import COLOUR, LABELS, QUICK, TINY, pictures, tiny
+from models import COLOUR, LABELS, TINY, pictures, tiny
 
 from clvsmim import build, tree
 from clvsmim.data.randaugment import RandAugmentCrop
@@ -222,8 +222,8 @@ def swept():
     batch = batch_of(objective)
     init = make_init(objective, optimizer, batch, seed=0)
     step = jax.jit(make_step(objective, optimizer, seed=0, total=10))
-    first = state = jax.jit(init).lower().compile(QUICK)()
-    step = step.lower(state, batch).compile(QUICK)
+    first = state = jax.jit(init).lower().compile()()
+    step = step.lower(state, batch).compile()
     for i in range(3):
         state, logs = step(state, batch_of(objective, i))
     return jax.device_get((first, state, logs))

@@ -561,7 +561,7 @@ def test_a_workdir_without_a_config():
 
 def start(port, process, processes, *flags):
     env = os.environ | {"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": ""}
-    env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+    env["XLA_FLAGS"] = runs.flags(devices=2)
     place = [f"--coordinator=127.0.0.1:{port}", f"--process={process}"]
     command = [sys.executable, "-m", "clvsmim.doctor", *place]
     command += [f"--processes={processes}", *flags]

@@ -1,13 +1,12 @@
 """BatchNorm as PyTorch keeps it, the MLP heads of MoCo v3, the decoder of SimMIM."""
 
 import math
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import MOCO, QUICK, TINY, VIEW, tiny, tiny_moco_v3
+from models import MOCO, TINY, VIEW, tiny, tiny_moco_v3
 
 from clvsmim import tree, vit
 from clvsmim.heads import BatchNorm, MLPHead, PixelDecoder
@@ -224,9 +223,9 @@ def test_moco_v3_statistics_are_those_of_each_view_in_turn():
     objective = tiny_moco_v3(tiny(MOCO, depth=1))
     rng = np.random.default_rng(0)
     inputs = tuple(rng.normal(size=(8, 32, 32, 3)).astype("f4") + i for i in (0, 1))
-    params, extra = jax.jit(objective.init, compiler_options=QUICK)(KEY, inputs)
+    params, extra = jax.jit(objective.init)(KEY, inputs)
 
-    @partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def run(params, extra):
         _, (new, _) = objective.loss(
             params, extra, inputs, KEY, progress=0.0, train=True

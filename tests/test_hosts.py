@@ -100,7 +100,7 @@ def trainings(workdir, name="simmim", **changes):
 
 def process(program, number, at, *argv):
     """Process `number` of two, on one device."""
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    env = os.environ | {"XLA_FLAGS": runs.flags(devices=1)}
     env["PYTHONPATH"] = f"{runs.ROOT}:{runs.ROOT / 'tests'}"
     place = [f"--coordinator=127.0.0.1:{at}", "--processes=2", f"--process={number}"]
     started.append(

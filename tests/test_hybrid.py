@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import QUICK, close, pictures, quick, small, tiny, tiny_moco_v3, tiny_simmim
+from models import close, pictures, small, tiny, tiny_moco_v3, tiny_simmim
 
 from clvsmim import build, mesh, tree
 from clvsmim.data import pipeline
@@ -15,11 +15,6 @@ from clvsmim.objectives import hybrid
 
 NAMES = {0.0: "simmim", 1.0: "moco_v3"}
 OTHER = {"simmim": "moco_v3", "moco_v3": "simmim"}
-
-
-def quickly(function):
-    """jit without LLVM's optimisations: compiles in half the time."""
-    return jax.jit(function, compiler_options=QUICK)
 
 
 class Run(NamedTuple):
@@ -34,12 +29,11 @@ def run(name, lam=None):
     """Three steps on one device from the seed: the states and the logs."""
     changes = {} if lam is None else {"objective.lam": lam}
     program = build.build(small(name, **changes), jax.devices()[:1])
-    init, step = quick(program)
-    state, logs = init(), []
+    state, logs = program.init(), []
     before = jax.device_get(state)
     for i in range(3):
         batch = mesh.put(pictures(program.batch, i), program.mesh)
-        state, more = step(state, batch)
+        state, more = program.step(state, batch)
         logs.append(jax.device_get(more))
     return Run(program, before, jax.device_get(state), logs)
 
@@ -123,7 +117,7 @@ def mixture():
     batch = pictures(build.batch_spec(whole, 8))
     key = jax.random.key(7)
 
-    @quickly
+    @jax.jit
     def evaluate():
         inputs = whole.prepare(key, batch, train=True)
         params, extra = whole.init(key, inputs)
@@ -223,7 +217,7 @@ def test_the_picture_is_that_of_the_mim_branch():
     batch = pictures(build.batch_spec(whole, 2))
     key = jax.random.key(0)
 
-    @quickly
+    @jax.jit
     def pair():
         inputs = whole.prepare(key, batch, train=False)
         params, extra = whole.init(key, inputs)
@@ -242,7 +236,7 @@ def test_a_conv_stem_sees_the_images_of_all_branches_in_order():
     batch = pictures(build.batch_spec(whole, 8))
     key = jax.random.key(0)
 
-    @quickly
+    @jax.jit
     def evaluate():
         inputs = whole.prepare(key, batch, train=True)
         params, extra = whole.init(key, inputs)

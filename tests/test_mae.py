@@ -12,7 +12,6 @@ from models import (
     COLOUR,
     CROP,
     MAE,
-    QUICK,
     SIMMIM,
     close,
     pictures,
@@ -27,11 +26,6 @@ from clvsmim.objectives import hybrid, mae
 from clvsmim.step import Optimizer, State, make_step
 
 KEY = jax.random.key(0)
-
-
-def quickly(function):
-    """jit without LLVM's optimisations: compiles in half the time."""
-    return jax.jit(function, compiler_options=QUICK)
 
 
 # Against the recorded original (tests/golden/README.md)
@@ -63,7 +57,7 @@ def replay(request, golden):
     params = tree.strict(shapes, recorded(record.group("params")), "rec")
     decoder = objective.loss.args[1]
 
-    @quickly
+    @jax.jit
     def run(params):
         def loss(params):
             return objective.loss(params, extra, inputs, KEY, progress=0.0, train=True)
@@ -114,7 +108,7 @@ def test_trajectory_of_the_recording(replay):
         objective, prepare=lambda key, batch, *, train: inputs
     )
     optimizer = Optimizer(groups, transform, rate)
-    step = quickly(make_step(objective, optimizer, seed=0, total=1000))
+    step = jax.jit(make_step(objective, optimizer, seed=0, total=1000))
     trainable, _ = tree.partition(params, optim.keep(groups))
     state, losses = State(0, params, extra, transform.init(trainable)), []
     for _ in range(4):
@@ -190,7 +184,7 @@ def test_every_image_shows_as_many_patches(image, ratio, seen):
 def test_masks_are_uniform_and_differ_by_image_step_and_training():
     objective = tiny_mae(tiny(MAE))
     batch = {"views": (np.zeros((4096, 32, 32, 3), np.uint8),)}
-    prepare = quickly(lambda key: objective.prepare(key, batch, train=True))
+    prepare = jax.jit(lambda key: objective.prepare(key, batch, train=True))
     inputs, again = prepare(KEY), prepare(jax.random.key(1))
     mask = np.asarray(inputs["mask"])
     assert set(np.unique(mask)) == {0, 1}
@@ -213,7 +207,7 @@ def born():
     objective = tiny_mae(tiny(MAE, image=(16, 32), prefix=3, depth=1))
     batch = pictures(build.batch_spec(objective, 4))
 
-    @quickly
+    @jax.jit
     def make():
         inputs = objective.prepare(KEY, batch, train=True)
         return inputs, *objective.init(KEY, inputs)
@@ -229,7 +223,7 @@ def test_the_encoder_sees_the_kept_patches_alone(born):
     hidden = hidden.repeat(8, 1).repeat(8, 2)
     noise = np.random.default_rng(0).normal(size=inputs["image"].shape)
 
-    @quickly
+    @jax.jit
     def latent(image):
         own = inputs | {"image": image}
         return mae.encode(objective.encoder, params, extra, own, None, False)[0]
@@ -274,7 +268,7 @@ def test_every_token_finds_its_place_again(born):
     prefix, patches = tokens[:, :3], tokens[:, 3:]
     shuffled = jnp.concatenate([prefix, mae.gather(patches, order)], axis=1)
     raster = np.broadcast_to(np.arange(8), (4, 8))
-    decode = quickly(functools.partial(mae.decode, decoder, heads))
+    decode = jax.jit(functools.partial(mae.decode, decoder, heads))
     whole = decode(tokens, raster)
     close(decode(shuffled, np.argsort(order, axis=1)), whole, rtol=1e-5)
     assert decode(tokens[:, :5], np.asarray(inputs["restore"])).shape == (4, 8, 192)
@@ -362,7 +356,7 @@ def mixtures():
     views = pictures(build.batch_spec(methods[0.5], 8))["views"]
     own = {"mae": views[:1], 0.0: views[:1], "moco_v3": views[1:], 1.0: views[1:]}
 
-    @quickly
+    @jax.jit
     def run():
         found = {}
         for name, method in methods.items():
@@ -437,7 +431,7 @@ def test_forms_of_the_encoder_that_it_takes(form):
     objective = tiny_mae(tiny(MAE, depth=1, **form))
     batch = pictures(build.batch_spec(objective, 2))
 
-    @quickly
+    @jax.jit
     def run():
         inputs = objective.prepare(KEY, batch, train=True)
         params, extra = objective.init(KEY, inputs)
@@ -471,7 +465,7 @@ def test_the_whole_decoder_sees_every_patch_in_raster_order(born):
     raster = jnp.broadcast_to(jnp.arange(8), (4, 8))
     seen = {"image": images, "keep": raster}
 
-    @quickly
+    @jax.jit
     def run():
         output, taps = model.apply(variables, images)
         latent, _ = mae.encode(objective.encoder, params, extra, seen, None, False)

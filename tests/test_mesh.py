@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from models import QUICK, small
+from models import small
 
 from clvsmim import build, mesh, tree
 
@@ -90,7 +90,7 @@ def test_no_device_ever_holds_the_whole_of_a_big_leaf(monkeypatch):
     """Neither does a host, if there are as many: a state is born in its parts."""
     monkeypatch.setattr(mesh, "SMALL", 1024)
     program = build.build(small("simmim", **{"mesh.fsdp": 8}))
-    state = program.init.lower().compile(QUICK)()
+    state = program.init.lower().compile()()
     big = {n: x for n, x in tree.named(state).items() if x.size >= 1024}
     assert len(big) > 20
     for name, x in big.items():

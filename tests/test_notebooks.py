@@ -74,7 +74,11 @@ class Session:
         )
 
     def __enter__(self):
-        env = os.environ | {"CLVSMIM_SMOKE": "1", "XLA_FLAGS": "", "MPLBACKEND": INLINE}
+        env = os.environ | {
+            "CLVSMIM_SMOKE": "1",
+            "XLA_FLAGS": runs.flags(1),
+            "MPLBACKEND": INLINE,
+        }
         self.context = self.client.setup_kernel(env=env)
         self.context.__enter__()
         return self

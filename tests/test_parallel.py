@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from models import QUICK, pictures, small
+from models import pictures, small
 from test_collectives import collectives
 
 from clvsmim import build, mesh, tree
@@ -31,7 +31,7 @@ def program(method, devices, fsdp):
 @functools.cache
 def born(method, devices, fsdp):
     """`init` of the program, compiled."""
-    return program(method, devices, fsdp).init.lower().compile(QUICK)
+    return program(method, devices, fsdp).init.lower().compile()
 
 
 @functools.cache
@@ -49,7 +49,7 @@ class Run(NamedTuple):
 def compiled(method, devices, fsdp):
     """`step` of the program, compiled."""
     p = program(method, devices, fsdp)
-    return p.step.lower(p.state, p.batch).compile(QUICK)
+    return p.step.lower(p.state, p.batch).compile()
 
 
 @functools.cache

@@ -96,7 +96,7 @@ def pair(root, *jobs):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    env = os.environ | {"XLA_FLAGS": runs.flags(devices=4)}
     env["PYTHONPATH"] = os.pathsep.join([str(TESTS), str(TESTS.parent)])
     command = [sys.executable, "-c", PROGRAM, str(port)]
     pipe = subprocess.PIPE
