@@ -54,9 +54,12 @@ PEERS = [
     "transformers>=5.0",
 ]
 
+# The TPU compiler, where there is no TPU; there are wheels for these machines alone.
+LIBTPU = "libtpu; sys_platform == 'linux' and platform_machine == 'x86_64'"
+
 EXTRAS = {
     "tpu": ["jax[tpu]", "etils[epath-gcs]"],  # gs:// paths
-    "aot": ["libtpu"],  # the TPU compiler, where there is no TPU
+    "aot": ["libtpu"],
     "cuda": ["jax[cuda13]"],
     "cuda12": ["jax[cuda12]"],
     "tensorboard": ["tensorboard", "tensorflow"],  # clu's writer needs both
@@ -66,7 +69,7 @@ EXTRAS = {
     "convert": ["huggingface-hub", "onnx", "protobuf"],
     "peers": PEERS,
     "test": TEST,
-    "dev": [*TEST, *PEERS, "ruff>=0.9"],
+    "dev": [*TEST, *PEERS, LIBTPU, "ruff>=0.9"],
 }
 
 setup(

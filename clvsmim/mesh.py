@@ -71,7 +71,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def state_shardings(abstract: Tree, mesh: Mesh) -> Tree:
-    """FSDP rule: a big leaf is split on its largest dimension that the axis divides.
+    """FSDP rule: a big leaf is split on the first dimension that the axis divides.
+
+    But on its longest one only if it must be, where there are three: q, k and v have
+    (width, heads, head width). A TPU stores the longest innermost there, and makes a
+    reduce-scatter of a gradient only if the outermost is split; else it sums whole
+    gradients on every device (docs/performance.md).
 
     Moments and teachers have their parameter's shape, so they follow it.
     """
@@ -80,11 +85,13 @@ def state_shardings(abstract: Tree, mesh: Mesh) -> Tree:
 
 def _spec(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     ways = mesh.shape["fsdp"]
-    fits = [i for i, n in enumerate(shape) if n % ways == 0]
+    order = list(range(len(shape)))
+    if len(shape) == 3:
+        order.sort(key=lambda i: shape[i] == max(shape))
+    fits = [i for i in order if shape[i] % ways == 0]
     if ways == 1 or math.prod(shape) < SMALL or not fits:
         return PartitionSpec()
-    axis = max(fits, key=lambda i: shape[i])
-    return PartitionSpec(*(("fsdp" if i == axis else None) for i in range(len(shape))))
+    return PartitionSpec(*("fsdp" if i == fits[0] else None for i in range(len(shape))))
 
 
 def check_batch(batch: int, mesh: Mesh) -> None:

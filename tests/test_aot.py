@@ -452,6 +452,32 @@ def test_a_step_is_compiled_for_a_tpu(tmp_path):
 
 
 @needs_libtpu
+def test_a_split_gradient_is_scattered_once_and_never_summed_whole(tmp_path):
+    """A TPU's compiler does so if the dimension is right; see mesh.state_shardings."""
+    config = {"encoder__depth": 1, "encoder__width": 256, "encoder__heads": 8}
+    config |= {"encoder__dtype": "bfloat16", "mesh__fsdp": 2}
+    file = tmp_path / "found.json"
+    status, _, err = process(
+        f"{DEMO}:simmim",
+        *runs.overrides(**config),
+        *("--topology=v5e:2x2", "--noanalysis", f"--json={file}"),
+    )
+    assert status == 0, err
+    (found,) = json.loads(file.read_text())
+    split = 2 * 12 * 256**2  # the kernels of the block, in bfloat16
+    sent = {
+        kind: sum(
+            r["bytes"]
+            for r in found["collectives"]
+            if (r["kind"], r["origin"], r["group"]) == (kind, "gradient", 2)
+        )
+        for kind in ("reduce-scatter", "all-reduce")
+    }
+    # Then each half is summed over the other axis.
+    assert sent == {"reduce-scatter": split, "all-reduce": split / 2}
+
+
+@needs_libtpu
 @pytest.mark.slow
 def test_a_step_that_does_not_fit_comes_with_remedies(tmp_path):
     """Half of the batch is too much, too: everything is refused within seconds."""

@@ -100,15 +100,18 @@ def test_no_device_ever_holds_the_whole_of_a_big_leaf(monkeypatch):
 
 
 SPECS = [
-    ((256, 256), P("fsdp", None)),  # 2^16 elements: just big enough; the first of two
+    ((256, 256), P("fsdp", None)),  # 2^16 elements: just big enough
     ((255, 256), P()),  # one row less
-    ((768, 3072), P(None, "fsdp")),
+    ((768, 3072), P("fsdp", None)),
     ((3072, 768), P("fsdp", None)),
-    ((768, 12, 64), P("fsdp", None, None)),
-    ((12, 64, 768), P(None, None, "fsdp")),
-    ((16, 16, 3, 768), P(None, None, None, "fsdp")),
+    ((768, 12, 64), P(None, "fsdp", None)),  # heads
+    ((768, 6, 128), P(None, None, "fsdp")),  # too few of them
+    ((768, 6, 126), P("fsdp", None, None)),  # the longest as a last resort
+    ((12, 64, 768), P("fsdp", None, None)),
+    ((16, 16, 3, 768), P("fsdp", None, None, None)),
+    ((14, 14, 3, 768), P(None, None, None, "fsdp")),
     ((1, 197, 768), P(None, None, "fsdp")),
-    ((1025, 64), P(None, "fsdp")),  # the largest that 4 divides, not the largest
+    ((1025, 64), P(None, "fsdp")),  # what 4 divides
     ((257, 257), P()),  # nothing that 4 divides
     ((2**16,), P("fsdp")),
     ((2**16 + 1,), P()),
@@ -118,7 +121,7 @@ SPECS = [
 
 
 @pytest.mark.parametrize(("shape", "spec"), SPECS)
-def test_law_a_big_leaf_is_split_on_its_largest_divisible_dimension(grid, shape, spec):
+def test_law_a_big_leaf_is_split_where_a_tpu_stores_it_outermost(grid, shape, spec):
     leaf = jax.ShapeDtypeStruct(shape, "float32")
     sharding = mesh.state_shardings({"x": leaf}, grid)["x"]
     assert sharding.mesh == grid and sharding.spec == spec

@@ -101,21 +101,21 @@ def test_data_parallel_exchanges_gradients_statistics_and_keys_alone():
     assert 0 < sent - 2 * build.count(p.state.params) < 16 * 17 * 32
 
 
-# From 1024 elements on: split on the largest dimension, the first of two.
+# From 1024 elements on; see test_mesh.py.
 SPLIT = {
-    "encoder/block_0/attn/q/kernel": P("fsdp", None, None),  # (32, 2, 16)
-    "encoder/block_0/attn/out/kernel": P(None, None, "fsdp"),  # (2, 16, 32)
-    "encoder/block_0/mlp/fc1/kernel": P(None, "fsdp"),  # (32, 128)
+    "encoder/block_0/attn/q/kernel": P(None, None, "fsdp"),  # (32, 2, 16)
+    "encoder/block_0/attn/out/kernel": P(None, "fsdp", None),  # (2, 16, 32)
+    "encoder/block_0/mlp/fc1/kernel": P("fsdp", None),  # (32, 128)
     "encoder/block_0/mlp/fc2/kernel": P("fsdp", None),  # (128, 32)
-    "encoder/patch_embed/kernel": P(None, None, None, "fsdp"),  # (4, 4, 3, 32)
+    "encoder/patch_embed/kernel": P("fsdp", None, None, None),  # (4, 4, 3, 32)
     "heads/moco_v3/projector/fc_1/kernel": P("fsdp", None),  # (64, 64)
     "heads/moco_v3/projector/fc_2/kernel": P("fsdp", None),  # (64, 32)
-    "heads/moco_v3/predictor/fc_0/kernel": P(None, "fsdp"),  # (32, 64)
-    "heads/simmim/decoder/kernel": P(None, "fsdp"),  # (32, 48)
+    "heads/moco_v3/predictor/fc_0/kernel": P("fsdp", None),  # (32, 64)
+    "heads/simmim/decoder/kernel": P("fsdp", None),  # (32, 48)
 }
 
 
-def test_law_big_leaves_are_split_on_their_largest_dimension():
+def test_law_big_leaves_are_split():
     state = run("hybrid", *GRIDS["data 2, fsdp 4"]).state
     got = specs(state.params)
     assert {name: got[name] for name in SPLIT} == SPLIT
@@ -130,7 +130,7 @@ def test_law_big_leaves_are_split_on_their_largest_dimension():
     }
     assert split == {*SPLIT, *block_1, *kernels, *first}
     fc1 = state.params["encoder"]["block_0"]["mlp"]["fc1"]["kernel"]
-    assert {s.data.shape for s in fc1.addressable_shards} == {(32, 32)}
+    assert {s.data.shape for s in fc1.addressable_shards} == {(8, 128)}
 
 
 def test_law_teacher_and_moments_follow_their_parameter():
