@@ -110,7 +110,7 @@ def report(
         "loops": list(summary.loops),
         "collectives": tabled(summary.collectives),
         "roofline": times and bounded(times, batch),
-        "hours": times and steps and hours(times, steps),
+        "hours": times and steps and hours(times, steps, operations),
     }
 
 
@@ -181,13 +181,19 @@ def bounded(times: dict[str, float], batch: int) -> dict[str, Any]:
     return {**times, "binds": binds, "seconds": least, "images_per_second": speed}
 
 
-def hours(times: dict[str, float], steps: int) -> dict[str, float]:
-    """Of a whole training: at the roofline, and with `UTILISATION` of the peak.
+def hours(
+    times: dict[str, float], steps: int, operations: Sequence[float]
+) -> dict[str, float]:
+    """Of a whole training: at the roofline, and with `UTILISATION` of the peak, or at
+    the roofline where that is longer.
 
-    The latter counts all that is not products of matrices as waiting.
+    Args:
+      operations: those that count for utilisation, then, if any, those of the compiler,
+        which computes some a second time to save memory.
     """
     _, least = roofline.bound(times)
-    usual = max(least, times["compute"] / UTILISATION)
+    useful = times["compute"] * operations[0] / max(operations)
+    usual = max(least, useful / UTILISATION)
     return {"roofline": steps * least / 3600, "usual": steps * usual / 3600}
 
 

@@ -2,7 +2,7 @@
 
 On disk a state is a nested dict by the names of its leaves (`params/encoder/...`), so
 it can be read without the classes that wrote it. A step appears under its final name
-only when it is complete. Paths are local or gs://.
+only when it is complete; in a bucket, its last file says so. Paths are local or gs://.
 """
 
 import contextlib
@@ -91,7 +91,7 @@ class Checkpoints:
             raise ValueError(
                 f"cannot write {what} or the one before it to "
                 f"{self._manager.directory} ({type(error).__name__}: {reason}); is "
-                "there space left?"
+                "there space left, and the right to write there?"
             ) from error
 
     def close(self) -> None:
@@ -107,9 +107,12 @@ class Checkpoints:
 
 def saved_steps(workdir: str) -> list[int]:
     """The complete checkpoints in a workdir, oldest first; nothing is created."""
-    folder = epath.Path(workdir) / "checkpoints"
-    found = folder.iterdir() if folder.exists() else ()
-    return sorted(int(path.name) for path in found if path.name.isdigit())
+    there = epath.Path(workdir) / "checkpoints"
+    found = there.iterdir() if there.exists() else ()
+    steps = [path for path in found if path.name.isdigit()]
+    if "://" in str(workdir):  # a bucket cannot rename: Orbax writes this file last
+        steps = [path for path in steps if (path / "commit_success.txt").exists()]
+    return sorted(int(path.name) for path in steps)
 
 
 def restore_params(
@@ -205,6 +208,11 @@ def _contents(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
 def _read(
     manager: ocp.CheckpointManager, step: int, target: dict[str, Any]
 ) -> dict[str, jax.Array]:
+    """The arrays of a step. No process waits for another one here.
+
+    The manager would, and one that cannot read its part never comes: `_attempt` must
+    be the first place where all meet.
+    """
     _drop_abandoned_reads()
     item = tree.nest({name: _placed(x) for name, x in target.items()})
     args = ocp.args.PyTreeRestore(
@@ -212,8 +220,10 @@ def _read(
         restore_args=ocp.checkpoint_utils.construct_restore_args(item),
         partial_restore=True,
     )
+    path = manager.directory / str(step) / "default"  # Orbax's name of the only item
     with jax.transfer_guard("allow"):
-        return jax.block_until_ready(tree.named(manager.restore(step, args=args)))
+        found = ocp.PyTreeCheckpointHandler().restore(path, args=args)
+        return jax.block_until_ready(tree.named(found))
 
 
 def _drop_abandoned_reads() -> None:

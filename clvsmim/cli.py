@@ -1,7 +1,8 @@
 """`clvsmim VERB ...`, which is `python -m clvsmim.VERB ...`.
 
 Bad input ends in one line on stderr and exit status 2. Set CLVSMIM_DEBUG=1 to see the
-traceback instead.
+traceback instead. Where other processes are gone or did not come, it is 75: the same
+command may do better the next time.
 """
 
 import contextlib
@@ -32,6 +33,9 @@ VERBS = {
     "aot": "compile a config for TPUs that are not here: memory, collectives, speed",
     "demo": "train three small encoders on photographs, measure them, show the report",
 }
+
+
+BAD_INPUT, TRY_AGAIN = 2, 75  # statuses; the latter is EX_TEMPFAIL
 
 
 def main() -> None:
@@ -87,7 +91,7 @@ def run(module: object, argv: Sequence[str] | None = None) -> None:
                 traceback.print_exc()
                 leave(repr(error), 1)
             raise
-        fail(name, gone or str(error))
+        fail(name, gone or str(error), TRY_AGAIN if gone else BAD_INPUT)
 
 
 def leave(why: str, status: int) -> None:
@@ -97,12 +101,12 @@ def leave(why: str, status: int) -> None:
         hosts.leave(why, status)
 
 
-def fail(name: str, message: str) -> None:
-    """One line on stderr, exit status 2."""
+def fail(name: str, message: str, status: int = BAD_INPUT) -> None:
+    """One line on stderr, and the end."""
     line = " ".join(message.split())
     print(f"{name}: {line}", file=sys.stderr)
-    leave(line, 2)
-    raise SystemExit(2)
+    leave(line, status)
+    raise SystemExit(status)
 
 
 def parse(

@@ -226,6 +226,10 @@ def examine(
         if visit.ready("memory", needed):
             visit.ask("memory", lambda: preflight.check_memory(program()))
         needed += ["workdir"]
+        if any(settings["init"].values()) and visit.ready("init", needed):
+            check = functools.partial(preflight.check_init, settings, workdir)
+            visit.ask("init", check)
+        needed += ["init"]
         if workdir and visit.ready("run", needed):
             visit.ask("run", lambda: preflight.check_run(program(), settings, workdir))
         if workdir and visit.ready("space", needed):

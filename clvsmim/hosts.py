@@ -22,7 +22,7 @@ from absl import flags
 from jax._src import distributed  # its client, which has no public name
 from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize asks
 
-from clvsmim import stopping
+from clvsmim import cli, stopping
 
 CLUSTERS = ("gketpu", "gcetpu", "slurm", "ompi")  # as JAX calls what it detects
 FLAGS = ("coordinator", "processes", "process")
@@ -142,7 +142,7 @@ def join(here: Place, *, seconds: int = CONNECT, by_flags: bool = True) -> None:
     """Initialise jax.distributed and stand by the others from now on.
 
     Where they do not come within `seconds`, this ends the process with a line and
-    status 2: JAX would end it too, but with the stack of a C++ program.
+    status 75: JAX would end it too, but with the stack of a C++ program.
 
     Args:
       by_flags: take all devices of this host, which Slurm and Open MPI share out.
@@ -197,7 +197,7 @@ def _give_up(here: Place, seconds: int) -> None:
         except OSError as error:
             why = f"no answer within {seconds} s ({error}); does process 0 run there, "
             why += "and does the firewall let the port through?"
-    _end(f"clvsmim: process {here.process} at {here.coordinator}: {why}", 2)
+    _end(f"clvsmim: process {here.process} at {here.coordinator}: {why}", cli.TRY_AGAIN)
 
 
 def several() -> bool:

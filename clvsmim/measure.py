@@ -240,7 +240,15 @@ def one_pass(
     )
     title = f"measuring {subject.name}, {name} images"
     first = min(start * batch, count)
-    with tqdm(total=count, initial=first, unit=" images", desc=title, delay=1) as bar:
+    bar = tqdm(
+        total=count,
+        initial=first,
+        unit=" images",
+        desc=title,
+        delay=1,
+        disable=jax.process_index() > 0,  # one bar for all hosts
+    )
+    with bar:
         for so_far in passing:
             bar.update(min(batch, count - bar.n))
             yield so_far

@@ -47,7 +47,7 @@ def ordered(devices: Sequence[jax.Device]) -> list[jax.Device]:
     """Devices by slice, then by process, else as they are.
 
     Process i reads the i-th part of every global batch, so its devices must be the
-    i-th part of the mesh: `jax.devices()` of a pod goes by rows of the whole slice, and
+    i-th part of the mesh: the devices of a topology go by rows of the whole slice, and
     `mesh_utils.create_device_mesh` by its axes. Processes are numbered along the axes
     of a slice, so a group of 2^k of them is a block of chips that are linked directly.
     """

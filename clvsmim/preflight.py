@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from clvsmim import build, inspect_data, meta, train, tree
+from clvsmim import build, inspect_data, meta, train, transfer, tree
 from clvsmim.checkpoint import saved_steps
 from clvsmim.machine import FIX, OK, WARNING, Finding, gigabytes, limit
 from clvsmim.rollcall import Roll
@@ -128,6 +128,18 @@ def check_config(program: Callable[[], build.Program], settings: Facts) -> Findi
         f"images, mesh {axes}, {build.count(made.state.params) / 1e6:.3g} M parameters "
         f"(config {zlib.crc32(text.encode()):08x})",
     )
+
+
+def check_init(settings: Facts, workdir: str | None) -> Finding:
+    """Whether this host sees the encoder that the run starts from.
+
+    Where one does not, the others would wait for it while they read.
+    """
+    path = build.init_section(**settings["init"])
+    if workdir and saved_steps(workdir):
+        return Finding(OK, f"{path} is not needed again")
+    transfer.check_there(path)
+    return Finding(OK, f"{path} is there")
 
 
 def check_run(program: build.Program, settings: Facts, workdir: str) -> Finding:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from clvsmim import foreign, packed, tree, vit
-from clvsmim.checkpoint import restore_params
+from clvsmim.checkpoint import restore_params, saved_steps
 from clvsmim.formats import _fit
 from clvsmim.meta import read_meta
 from clvsmim.vit import Spec
@@ -79,6 +79,19 @@ def read(
     return jax.tree.map(
         lambda x: x if isinstance(x, jax.Array) else jax.device_put(x, sharding), found
     )
+
+
+def check_there(path: str) -> None:
+    """Raise ValueError unless this process sees a run or a file to start from.
+
+    It reads none, for that brings all processes together.
+    """
+    folder = packed.place(path)
+    if not (foreign.find(folder) or packed.is_packed(folder) or saved_steps(folder)):
+        raise ValueError(
+            f"init.path={path}: no run of clvsmim and no checkpoint file is there; all "
+            "hosts must see it"
+        )
 
 
 def of_run(workdir: str, sharding: jax.sharding.Sharding) -> Given:

@@ -23,8 +23,9 @@ Results, linear probe / fine-tuned, % of top-1:
     H, 800 epochs: none published
 
 Cost, an estimate from the products alone at 40% of the peak of TPU v5e, in chip-hours
-(divide by the chips): B 212, L 450, H 1053; twice that for 1600 epochs. B sees a
-quarter of the patches, but the host makes whole images: count on its CPUs. Where B does
+(divide by the chips): B 212, L 450, H 1053; twice that for 1600 epochs. With 16 images
+a chip, B is bound by memory instead: 272 at the least (docs/tpu.md). B sees a quarter
+of the patches, but the host makes whole images: count on its CPUs. Where B does
 not fit on few chips, --config.encoder.remat=True, as L and H have it. Parameters,
 moments and gradients of H take 10.5 GB; --config.mesh.fsdp=8 splits them.
 """

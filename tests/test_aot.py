@@ -351,10 +351,13 @@ def test_the_roofline_by_hand():
 
 def test_hours_of_a_training_by_hand():
     times = {"compute": 0.1, "memory": 0.2, "interconnect": 0.0, "network": 0.0}
-    found = aot_report.hours(times, steps=36_000)
+    found = aot_report.hours(times, 36_000, [3.0])
     assert found == {"roofline": pytest.approx(2.0), "usual": pytest.approx(2.5)}
+    # What is computed a second time makes the step no more useful.
+    found = aot_report.hours(times, 36_000, [2.7, 3.0])
+    assert found["usual"] == pytest.approx(2.25)
     times["memory"] = 0.3  # more than what the products take at that utilisation
-    found = aot_report.hours(times, steps=36_000)
+    found = aot_report.hours(times, 36_000, [3.0])
     assert found == {"roofline": pytest.approx(3.0), "usual": pytest.approx(3.0)}
 
 

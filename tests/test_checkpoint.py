@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
+from sets import upload
 
 from clvsmim import checkpoint, mesh, optim, tree
 
@@ -288,6 +289,16 @@ def test_buckets_are_not_taken_for_local_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert str(checkpoint.folder("gs://bucket/run")) == "gs://bucket/run/checkpoints"
     assert str(checkpoint.folder("run")) == str(tmp_path / "run" / "checkpoints")
+
+
+def test_in_a_bucket_a_step_counts_when_its_last_file_is_there(tmp_path, monkeypatch):
+    save(tmp_path / "run", 1, 2)
+    (tmp_path / "run/checkpoints/1/commit_success.txt").write_text("as in a bucket")
+    (tmp_path / "run/checkpoints/2/commit_success.txt").unlink(missing_ok=True)
+    upload(tmp_path / "run", "gs://bucket/run", monkeypatch)
+    assert checkpoint.saved_steps(str(tmp_path / "run")) == [1, 2]
+    assert checkpoint.saved_steps("gs://bucket/run") == [1]
+    assert checkpoint.saved_steps("gs://bucket/none") == []
 
 
 def test_reads_given_up_are_silent_and_other_errors_are_not(monkeypatch):

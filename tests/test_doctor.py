@@ -394,7 +394,8 @@ def test_a_folder_of_another_run(capsys, tmp_path):
 def test_an_encoder_to_start_from_that_is_not_there(capsys, tmp_path):
     path = str(tmp_path / "nowhere")
     fixes, lines = examined(capsys, str(tmp_path / "run"), init__path=path)
-    assert fixes == ["run"] and path in lines["run"]
+    assert fixes == ["init"] and f"init.path={path}" in lines["init"]
+    assert "first fix: init" in lines["run"]
 
 
 def test_images_that_cannot_be_read(capsys, tmp_path):
@@ -559,7 +560,7 @@ def test_a_workdir_without_a_config():
         doctor.main(["--workdir=runs/x"])
 
 
-def start(port, process, processes, *flags):
+def start(port, process, processes, *flags, cwd=runs.ROOT):
     env = os.environ | {"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": ""}
     env["XLA_FLAGS"] = runs.flags(devices=2)
     place = [f"--coordinator=127.0.0.1:{port}", f"--process={process}"]
@@ -567,7 +568,7 @@ def start(port, process, processes, *flags):
     command += [f"--processes={processes}", *flags]
     pipe = subprocess.PIPE
     return subprocess.Popen(
-        command, env=env, stdout=pipe, stderr=pipe, text=True, cwd=runs.ROOT
+        command, env=env, stdout=pipe, stderr=pipe, text=True, cwd=cwd
     )
 
 
@@ -580,6 +581,21 @@ def test_one_of_three_processes_does_not_come():
         assert "process 1 of 3 did not come in 10 s; came: 0 (" in out
         assert "skipped  devices" in out and out.endswith("to fix: hosts\n")
         assert "Check failure" not in err  # the stack of a C++ program
+
+
+@pytest.mark.slow
+def test_an_encoder_that_one_of_two_hosts_sees(tmp_path):
+    """Each in a folder of its own, the encoder in that of the first alone."""
+    runs.run(tmp_path / "0" / "encoder", **QUIET)
+    (tmp_path / "1").mkdir()
+    port, demo = free_port(), f"--config={runs.ROOT}/configs/demo.py:simmim"
+    flags = [demo, *runs.overrides(**QUIET, init__path="encoder")]
+    two = [start(port, i, 2, *flags, cwd=tmp_path / str(i)) for i in (0, 1)]
+    outs = [p.communicate(timeout=300) for p in two]
+    assert [p.returncode for p in two] == [2, 2], "\n".join(map("\n".join, outs))
+    line = "fix      init: process 1 ("
+    assert line in outs[0][0] and "init.path=encoder: no run" in outs[0][0]
+    assert outs[0][0].endswith("to fix: init\n")
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import pictures, quick
+from models import pictures
 
 from clvsmim import build, mesh, optim, tree
 from clvsmim.configs import (
@@ -318,11 +318,12 @@ def two_steps():
     config.batch = 8
     config.optim.schedule = {"name": "constant", "base": 1e-2}
     program = build.build(config, jax.devices()[:1])
-    init, step = quick(program)
-    state = init()
+    state = program.init()
     before = jax.device_get(state)
     for i in range(2):
-        state, _ = step(state, mesh.put(pictures(program.batch, i), program.mesh))
+        state, _ = program.step(
+            state, mesh.put(pictures(program.batch, i), program.mesh)
+        )
     return before, jax.device_get(state)
 
 

@@ -283,7 +283,7 @@ def test_saving_asks_jax_for_no_signal_by_the_number_of_the_step(tmp_path, monke
 def test_who_does_not_come_is_not_waited_for():
     alone = [process(TOY, i, port(), "", "--connect_seconds=3") for i in (0, 1)]
     (first, second), status = said(alone)
-    assert status == [2, 2]
+    assert status == [75, 75]  # it may go better the next time
     assert [re.sub(r":\d+", "", line)[:60] for line in first + second] == [
         "clvsmim: process 0 at 127.0.0.1: not all 2 processes came wi",
         "clvsmim: process 1 at 127.0.0.1: no answer within 3 s ([Errn",
@@ -343,7 +343,7 @@ def test_when_one_is_killed_the_other_stops_and_says_why(victim):
     running(two, 10)
     two[victim].kill()
     lines, status = said(two)
-    assert status[victim] == -signal.SIGKILL and status[1 - victim] in (2, -6)
+    assert status[victim] == -signal.SIGKILL and status[1 - victim] in (75, -6)
     assert re.search(
         "another (process, or the network, is|one is) gone", ours(lines[1 - victim])[-1]
     )

@@ -15,7 +15,6 @@ import pytest
 from models import (
     SIMMIM,
     pictures,
-    quick,
     small,
     tiny,
     tiny_hybrid,
@@ -348,17 +347,18 @@ def described(x):
 def steps():
     """(state on the host, logs) after each of four steps; and how to take one."""
     program = build.build(small("simmim"), jax.devices()[:1])
-    init, step = quick(program)
     shardings = jax.tree.map(lambda x: x.sharding, program.state)
 
     def take(state, number):
         state = jax.device_put(jax.tree.map(jnp.array, state), shardings)
         batch = mesh.put(pictures(program.batch, number), program.mesh)
-        return jax.device_get(step(state, batch))
+        return jax.device_get(program.step(state, batch))
 
-    taken, state = [], init()
+    taken, state = [], program.init()
     for i in range(4):
-        state, logs = step(state, mesh.put(pictures(program.batch, i), program.mesh))
+        state, logs = program.step(
+            state, mesh.put(pictures(program.batch, i), program.mesh)
+        )
         taken.append(jax.device_get((state, logs)))
     return taken, take
 

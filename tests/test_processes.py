@@ -8,11 +8,13 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import runs
 
-from clvsmim import analysis, log, mesh, train
+from clvsmim import analysis, checkpoint, log, mesh, train
 from clvsmim.build import build
 
 PROGRAM = """
@@ -84,10 +86,34 @@ def measure(root):
     analyze.analyze(f"{root}/hybrid_one", f"{root}/analysis_{out}", settings)
 
 
+def fall_back(workdir):
+    """One of two processes cannot read its part of the newest step: both take the one
+    before."""
+    state = {"params": {"w": jnp.arange(8.0)}}
+    everywhere = mesh.replicated(mesh.make())
+    shape = jax.ShapeDtypeStruct((8,), jnp.float32, sharding=everywhere)
+    read = ocp.PyTreeCheckpointHandler.restore
+
+    def broken(self, path, *args, **kwargs):
+        if path.parent.name == "2" and jax.process_index() == 1:
+            raise OSError("the network")
+        return read(self, path, *args, **kwargs)
+
+    with checkpoint.Checkpoints(workdir, keep=5) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, jax.device_put(state, everywhere))
+        checkpoints.wait()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ocp.PyTreeCheckpointHandler, "restore", broken)
+            got, step = checkpoints.restore({"params": {"w": shape}})
+    assert step == 1 and (np.asarray(got["params"]["w"]) == np.arange(8)).all()
+
+
 # What a pair of processes does, by name; each gets the folder for all results.
 JOBS = {name: lambda root, n=name: whole(n, f"{root}/{n}_two") for name in METHODS}
 JOBS["measure"] = measure
 JOBS["begin"] = lambda root: begin(f"{root}/begun_two", **FSDP)
+JOBS["fall back"] = lambda root: fall_back(f"{root}/unreadable")
 JOBS["go on"] = lambda root: begin(f"{root}/one_two", **FSDP)
 
 
@@ -122,7 +148,7 @@ def results(tmp_path_factory):
     whole("hybrid", root / "hybrid_one", jax.devices())
     begin(root / "begun_one", jax.devices(), **FSDP)
     shutil.copytree(root / "begun_one", root / "one_two")
-    pair(root, "hybrid", "begin", "go on")
+    pair(root, "hybrid", "begin", "go on", "fall back")
     return root
 
 
@@ -192,6 +218,12 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one_and_back(results):
         assert losses(workdir)[STOP] == pytest.approx(two[STOP], rel=1e-5)
 
 
+def test_what_one_process_cannot_read_none_takes(results):
+    assert checkpoint.saved_steps(results / "unreadable") == [1, 2]  # and see the job
+
+
 def test_one_process_writes(results):
+    records = log.read(f"{results}/hybrid_two/log.jsonl")
+    assert [r["step"] for r in records if "loss" in r] == [1, 2, 3, 4]  # each once
     files = {p.name for p in (results / "hybrid_two").iterdir()}
     assert files == {"checkpoints", "log.jsonl", "meta.json"}
