@@ -19,7 +19,7 @@ from etils import epath
 from clvsmim import mesh as meshes
 from clvsmim import plugin, tree, views
 from clvsmim.files import load_arrays, save_arrays, write_whole
-from clvsmim.metrics import Metric, Series, over_maps
+from clvsmim.metrics import PLACES, Metric, Series, over_each
 from clvsmim.vit import ViT
 
 Tree = Any
@@ -111,8 +111,11 @@ def make_measure(
         with jax.default_matmul_precision("highest"):
             output, taps = encoder.apply(variables, x)
         features = {**taps, "output": output, **{k: batch[k] for k in LABELS}}
-        joint = {name: m.each for name, m in metrics.items() if m.each}
-        found = over_maps(joint, features) if joint else {}
+        found = {}
+        for feature in PLACES:  # all that look at one in the same loop
+            here = {n: m for n, m in metrics.items() if m.each and feature in m.needs}
+            kernels = {name: m.each for name, m in here.items()}
+            found |= over_each(feature, kernels, features) if here else {}
         rows = {}
         for name, m in metrics.items():
             weight = batch["weight"]

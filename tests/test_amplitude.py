@@ -213,9 +213,10 @@ def test_series_are_of_the_embedding_and_the_block_outputs():
         assert (s.axes[0].name, s.axes[0].values) == ("depth", taps(3)[::2])
     stream = [np.asarray(x)[:, 1:].reshape(6, 4, 4, -1) for x in given["residual"]]
     planes = np.array([[by_fft(m) for m in tap] for tap in stream[::2]])
-    np.testing.assert_allclose(spectrum.values, planes.mean(axis=1), atol=1e-5)
+    # Of these amplitudes, in the middle 3.4, one is 1.3e-4: float32 has 3 digits of it.
+    np.testing.assert_allclose(spectrum.values, planes.mean(axis=1), atol=1e-4)
     want = np.array([by_rings(p) for p in planes.mean(axis=1)])
-    np.testing.assert_allclose(log.values, want, atol=1e-5)
-    np.testing.assert_allclose(delta.values, want - want[:, :1], atol=1e-5)
+    np.testing.assert_allclose(log.values, want, atol=1e-4)
+    np.testing.assert_allclose(delta.values, want - want[:, :1], atol=1e-4)
     assert delta.axes[1].values == log.axes[1].values == (0, 0.5, 1, 1.5)
     assert [a.values for a in spectrum.axes[1:]] == 2 * [(-1, -0.5, 0, 0.5)]

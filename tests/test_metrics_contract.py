@@ -60,7 +60,7 @@ every_metric = pytest.mark.parametrize("name", METRICS)
 @pytest.fixture(autouse=True)
 def small_cache(monkeypatch):
     """Even these few images are too many for a CPU to work on at a time."""
-    monkeypatch.setattr(metrics._contract, "CACHE", 2**13)
+    monkeypatch.setattr(metrics._each, "CACHE", 2**13)
 
 
 @functools.cache
@@ -431,12 +431,16 @@ def test_images_are_measured_apart(name):
         np.testing.assert_array_equal(np.delete(a, mine, 0), np.delete(b, mine, 0))
 
 
-def test_metrics_of_each_map_may_share_one_reading():
-    joint = {name: load(name) for name in METRICS if load(name).each}
-    assert {"distance", "nmi"} <= set(joint)
+@pytest.mark.parametrize(
+    "feature, some",
+    {"attention": {"distance", "nmi"}, "residual": {"fourier", "rank"}}.items(),
+)
+def test_metrics_of_each_place_may_share_one_reading(feature, some):
+    joint = {n: load(n) for n in METRICS if load(n).each and feature in load(n).needs}
+    assert some <= set(joint)
     kernels, given = {k: m.each for k, m in joint.items()}, features(BATCH)
-    maps = {"attention": given["attention"]}
-    found = jax.jit(functools.partial(metrics.over_maps, kernels))(maps)
+    read = {feature: given[feature]}
+    found = jax.jit(functools.partial(metrics.over_each, feature, kernels))(read)
     for name, metric in joint.items():
         alone = rows_of(metric, given)["values"]
         jax.tree.map(

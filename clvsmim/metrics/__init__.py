@@ -72,7 +72,8 @@ For the analysis, `plugin.load("metrics", "nmi", prefix=1)` calls `make(prefix=1
 its kernels named in `__all__`; no list of code has to learn of it. A file has a short
 name of one word, a kernel one of several or one that is no file's: importing a
 submodule `metrics.x` would overwrite a function `metrics.x`. A file without `make`
-(`maps`, `dimension`, `clusters`) holds kernels only.
+(`maps`, `dimension`, `clusters`) holds kernels only. What looks at one block's attention
+or one tap of one image at a time is made by `of_each`; all of those share one loop.
 
 Features, the first argument of `update`, are a dict of tuples over blocks, never
 stacked, so that a block's tensors are freed before the next block runs:
@@ -109,6 +110,7 @@ from clvsmim.metrics._contract import (
     PARTS,
     Axis,
     Features,
+    Image,
     Metric,
     Series,
     block_axis,
@@ -117,12 +119,16 @@ from clvsmim.metrics._contract import (
     group_weights,
     image_features,
     mean_series,
-    of_each_map,
-    over_blocks,
-    over_images,
-    over_maps,
+    pooled,
     shared,
     taps,
+)
+from clvsmim.metrics._each import (
+    PLACES,
+    of_each,
+    over_each,
+    over_images,
+    stored,
 )
 from clvsmim.metrics._states import State, add, join, keep, moments
 

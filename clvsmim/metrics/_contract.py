@@ -1,6 +1,7 @@
 """What a metric is and what it returns; see the docstring of the package."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,12 +13,12 @@ from clvsmim import plugin
 from clvsmim.metrics._states import State, add, moments
 
 Features = dict[str, Any]  # of tuples of arrays, or of arrays
+Image = dict[str, Any]  # what a kernel of `of_each` is given
 
 FEATURES = ("residual", "attention", "head_outputs", "output", "label", "index")
 PARTS = ("test", "train", "views")
 KINDS = ("depth", "curve", "matrix")
 DECODER = "decoder: "  # how the name of a series begins that continues another one
-CACHE = 2**21  # bytes of features that a CPU works on at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +123,7 @@ class Metric:
       group: so many consecutive images must be in one batch; the rows of such a metric
         are one per group, and a batch is a whole number of groups.
       perturbs: what the metric needs changed about the forward pass, if anything.
-      each: the kernel of a metric `of_each_map`, to compute several such in one loop.
+      each: the kernel of a metric `of_each`, to compute several such in one loop.
     """
 
     needs: tuple[str, ...]
@@ -136,7 +137,7 @@ class Metric:
     limit: int | None = None
     group: int = 1
     perturbs: tuple = ()
-    each: Callable[[jax.Array], Any] | None = None
+    each: Callable[[Image], dict[str, jax.Array]] | None = None
 
     def __post_init__(self):
         for name in self.needs:
@@ -176,103 +177,6 @@ def check_tokens(tokens: int, grid: tuple[int, int], prefix: int) -> None:
         )
 
 
-def over_blocks(kernel: Callable, maps: tuple[Any, ...], batch_axes: int) -> Any:
-    """`kernel` on each example of each array: leaves (B, len(maps), ..., kernel's own).
-
-    `batch_axes` leading axes of every array are mapped over: 1 for (B, T, D), 2 for
-    (B, H, T, T). Only the kernel's small results are stacked.
-    """
-    for _ in range(batch_axes):
-        kernel = jax.vmap(kernel)
-    return jax.tree.map(lambda *x: jnp.stack(x, axis=1), *map(kernel, maps))
-
-
-def of_each_map(
-    kernel: Callable[[jax.Array], dict[str, jax.Array]],
-    compute: Callable[[State], list[Series]],
-) -> Metric:
-    """A metric of the attention of one block and image: (H, T, T) -> values.
-
-    Its rows are {"weight", "values": a tuple over blocks}.
-    """
-
-    def to_state(rows: dict[str, Any]) -> State:
-        values = jax.tree.map(lambda *x: np.stack(x, axis=1), *rows["values"])
-        return moments({**rows, "values": values})  # each (B, L, ...)
-
-    return Metric(
-        needs=("attention",),
-        update=lambda features, weights: {
-            "weight": weights,
-            "values": over_maps({"": kernel}, features)[""],
-        },
-        compute=compute,
-        to_state=to_state,
-        each=kernel,
-    )
-
-
-def over_maps(
-    kernels: dict[str, Callable], features: Features
-) -> dict[str, tuple[Any, ...]]:
-    """The kernels of several metrics `of_each_map`, in one reading of the attention.
-
-    Returns:
-      {name: a tuple over blocks of values (B, ...)}.
-    """
-
-    def all_kernels(attention: jax.Array) -> dict[str, Any]:
-        return {name: kernel(attention) for name, kernel in kernels.items()}
-
-    blocks = [
-        over_images(jax.vmap(all_kernels), maps) for maps in features["attention"]
-    ]
-    return {name: tuple(block[name] for block in blocks) for name in kernels}
-
-
-def over_images(function: Callable, x: Any) -> Any:
-    """`function(x)`; x and the result are trees of arrays with the images in front.
-
-    On a CPU a few images at a time: what is computed on the way then stays in a cache
-    and is never there for all images, which takes less time and far less memory.
-    """
-
-    def few_by_few(x: Any) -> Any:
-        leaves = jax.tree.leaves(x)
-        images, size = len(leaves[0]), sum(leaf.nbytes for leaf in leaves)
-        ways = _devices() if images % _devices() == 0 else 1
-        each = images // ways  # of a device; none reads another one's
-        most = max(1, CACHE * images // size)
-        step = next(n for n in range(min(each, most), 0, -1) if each % n == 0)
-        if ways == 1:
-
-            def few(start: jax.Array) -> Any:
-                return function(
-                    jax.tree.map(
-                        lambda a: jax.lax.dynamic_slice_in_dim(a, start, step), x
-                    )
-                )
-
-            rows = jax.lax.map(few, step * jnp.arange(each // step))
-            return _reshape(rows, 2, (images,))
-        split = _reshape(x, 1, (ways, each // step, step))
-        split = jax.tree.map(lambda a: a.swapaxes(0, 1), split)
-        rows = jax.lax.map(jax.vmap(function), split)  # (each / step, ways, step, ...)
-        return _reshape(jax.tree.map(lambda a: a.swapaxes(0, 1), rows), 3, (images,))
-
-    return jax.lax.platform_dependent(x, cpu=few_by_few, default=function)
-
-
-def _reshape(x: Any, axes: int, shape: tuple[int, ...]) -> Any:
-    """Give the first `axes` axes of all leaves another shape."""
-    return jax.tree.map(lambda a: a.reshape(*shape, *a.shape[axes:]), x)
-
-
-def _devices() -> int:
-    """Of the mesh in use, over which images are split; 1 without a mesh."""
-    return max(jax.sharding.get_abstract_mesh().size, 1)
-
-
 def shared(features: Features, name: str, derive: Callable[[Features], Any]) -> Any:
     """`derive(features)`, which several metrics need, computed once in a forward.
 
@@ -284,19 +188,23 @@ def shared(features: Features, name: str, derive: Callable[[Features], Any]) -> 
     return features[name]
 
 
+def pooled(tokens: jax.Array, *, prefix: int, pool: str = "patches") -> jax.Array:
+    """One vector of an image: (T, D) -> (D,) float32.
+
+    `pool` is "patches", the mean over patch tokens, or "cls", the first token.
+    """
+    x = tokens.astype(jnp.float32)
+    return x[0] if pool == "cls" else x[prefix:].mean(axis=0)
+
+
 def image_features(
     residual: tuple[jax.Array, ...], *, prefix: int, pool: str = "patches"
 ) -> jax.Array:
-    """One vector per image and block: 2L+1 arrays (B, T, D) -> (B, L+1, D) float32.
+    """`pooled` of each image and block: 2L+1 arrays (B, T, D) -> (B, L+1, D) float32.
 
-    The first is of the embedding, then follow the outputs of the blocks. `pool` is
-    "patches", the mean over patch tokens, or "cls", the first token.
+    The first is of the embedding, then follow the outputs of the blocks.
     """
-
-    def one(x: jax.Array) -> jax.Array:  # (B, T, D) -> (B, D)
-        x = x.astype(jnp.float32)
-        return x[:, 0] if pool == "cls" else x[:, prefix:].mean(axis=1)
-
+    one = jax.vmap(functools.partial(pooled, prefix=prefix, pool=pool))
     return jnp.stack([one(x) for x in residual[::2]], axis=1)
 
 

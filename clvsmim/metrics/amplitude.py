@@ -5,26 +5,23 @@ the Nyquist frequency are not on it. Here are all frequencies of the embedding a
 block outputs, as a plane and as its average over rings (Park and Kim 2022).
 """
 
-import functools
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from clvsmim.metrics import (
     Axis,
-    Features,
+    Image,
     Metric,
     Series,
     State,
     block_axis,
     check_tokens,
     mean_series,
-    over_blocks,
-    over_images,
+    of_each,
 )
 from clvsmim.metrics.fourier import EPS
+from clvsmim.metrics.smoothing import centred_patches
 
 __all__ = ["log_amplitude_plane", "radial_average", "radial_frequencies"]
 
@@ -47,7 +44,9 @@ def log_amplitude_plane(
     Raises:
       ValueError: the grid and prefix do not make T tokens.
     """
-    return _unfold(_half_planes(tokens[None], grid, prefix), grid)[0]
+    check_tokens(len(tokens), grid, prefix)
+    maps = tokens.astype(jnp.float32)[prefix:]  # (T, D) -> (N, D)
+    return _unfold(_half_plane(maps, maps - maps[:1], grid), grid)
 
 
 def radial_average(plane: jax.Array) -> jax.Array:
@@ -82,16 +81,14 @@ def make(*, grid: tuple[int, int], prefix: int) -> Metric:
         for way, n in zip(("vertical", "horizontal"), grid, strict=True)
     )
 
-    def update(features: Features, weights: jax.Array) -> dict[str, Any]:
-        def kernel(tokens: jax.Array) -> jax.Array:
-            return _half_planes(tokens, grid, prefix)
-
-        few = functools.partial(over_images, kernel)
-        half = over_blocks(few, features["residual"][::2], 0)  # (B, L+1, U, columns)
-        plane = _unfold(half, grid)  # (B, L+1, rows, columns)
-        radial = jax.vmap(jax.vmap(radial_average))(plane)  # (B, L+1, F)
-        values = {"plane": plane, "log": radial, "delta": radial - radial[..., :1]}
-        return {"weight": weights, "values": values}
+    def kernel(image: Image) -> dict[str, jax.Array]:
+        check_tokens(len(image["tokens"]), grid, prefix)
+        if image["tap"] % 2:  # between attention and MLP
+            return {}
+        maps = image["tokens"].astype(jnp.float32)[prefix:]
+        plane = _unfold(_half_plane(maps, centred_patches(image, prefix), grid), grid)
+        radial = radial_average(plane)  # (rows, columns) -> (F,)
+        return {"plane": plane, "log": radial, "delta": radial - radial[:1]}
 
     def compute(state: State) -> list[Series]:
         depth = block_axis(len(state["sum"]["plane"]))
@@ -112,31 +109,24 @@ def make(*, grid: tuple[int, int], prefix: int) -> Metric:
             )
         ]
 
-    return Metric(needs=("residual",), update=update, compute=compute)
+    return of_each("residual", kernel, compute)
 
 
-def _half_planes(tokens: jax.Array, grid: tuple[int, int], prefix: int) -> jax.Array:
-    """The planes from vertical frequency 0 up; the rest of them mirrors this part.
+def _half_plane(maps: jax.Array, less: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """The plane from vertical frequency 0 up; the rest of it mirrors this part.
 
-    (B, T, D) -> (B, U, columns) with U = rows // 2 + 1, columns in their final order.
-    The images are an explicit axis and the bases are repeated along it: under `vmap`, a
-    product with a constant would first copy the maps into another order.
+    Of patch tokens (N, D), also given less one token or the mean as in `fourier`, to
+    (U, columns) with U = rows // 2 + 1, columns in their final order.
     """
-    (rows, columns), (images, length, width) = grid, tokens.shape
-    check_tokens(length, grid, prefix)
-    maps = tokens.astype(jnp.float32)[:, prefix:]  # (B, N, D)
-    total = maps.sum(axis=1, keepdims=True)  # (B, 1, D), the zero frequency
-    # The other bins do not see the mean. Taking it out first keeps its rounding error
-    # away from them: residual streams have channels with very large means.
-    maps = maps - total / (rows * columns)
-    down = _times(_down(rows), maps.reshape(images, rows, -1))  # (B, 2U, columns * D)
-    down = down.reshape(-1, 2 * columns, width)  # (B * U, 2 * columns, D)
+    (rows, columns), width = grid, maps.shape[1]
+    down = _times(_down(rows), less.reshape(1, rows, -1))  # (1, 2U, columns * D)
+    down = down.reshape(-1, 2 * columns, width)  # (U, 2 * columns, D)
     waves = _times(_across(columns), down)
-    squares = jnp.square(waves).reshape(images, -1, 2, columns, width).sum(axis=2)
-    half = jnp.log(jnp.sqrt(squares) + EPS).mean(axis=-1)  # (B, U, columns)
-    zero = jnp.log(jnp.abs(total) + EPS).mean(axis=-1, keepdims=True)  # (B, 1, 1)
-    at_zero = np.zeros((1, *half.shape[1:]), bool)
-    at_zero[0, 0, columns // 2] = True
+    squares = jnp.square(waves).reshape(-1, 2, columns, width).sum(axis=1)
+    half = jnp.log(jnp.sqrt(squares) + EPS).mean(axis=-1)  # (U, columns)
+    zero = jnp.log(jnp.abs(maps.sum(axis=0)) + EPS).mean()
+    at_zero = np.zeros(half.shape, bool)
+    at_zero[0, columns // 2] = True
     return jnp.where(at_zero, zero, half)
 
 

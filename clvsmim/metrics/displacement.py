@@ -15,12 +15,13 @@ import numpy as np
 
 from clvsmim.metrics import (
     Axis,
-    Features,
+    Image,
     Metric,
     Series,
     State,
     mean_series,
-    over_blocks,
+    moments,
+    of_each,
 )
 from clvsmim.metrics.smoothing import check_patches
 
@@ -102,21 +103,25 @@ def translation_share(before: jax.Array, after: jax.Array, *, prefix: int) -> ja
 def make(*, prefix: int) -> Metric:
     """Displacement and translation share of both updates of every block."""
 
-    def kernel(pair: tuple[jax.Array, jax.Array]) -> dict[str, jax.Array]:
+    def kernel(image: Image) -> dict[str, jax.Array]:
+        if "before" not in image:  # the embedding
+            return {}
+        pair = image["before"], image["tokens"]
         share = translation_share(*pair, prefix=prefix)
         moved = token_displacement(*pair, prefix=prefix)
         return {**moved._asdict(), "translation": share}
 
-    def update(features: Features, weights: jax.Array) -> dict[str, Any]:
-        stream = features["residual"]
-        pairs = tuple(zip(stream[:-1], stream[1:], strict=True))
-        values = over_blocks(kernel, pairs, 1)  # each (B, 2L)
-        values = {k: v.reshape(len(v), -1, 2) for k, v in values.items()}  # (B, L, 2)
-        attn, both = values["relative"][..., 0], values["relative"].sum(axis=2)
-        values["attn"] = jnp.where(both == 0, 0.5, attn / both)  # (B, L)
-        return {"weight": weights, "values": values}
+    return of_each("residual", kernel, _compute, _to_state)
 
-    return Metric(needs=("residual",), update=update, compute=_compute)
+
+def _to_state(rows: dict[str, Any]) -> State:
+    """Sums of both updates of each block, and of attention's share in them."""
+    values = {k: v.reshape(len(v), -1, 2) for k, v in rows["values"].items()}
+    attn, both = values["relative"][..., 0], values["relative"].sum(axis=2)  # (B, L)
+    still = both == 0
+    with np.errstate(invalid="ignore"):  # infinite if a token leaves zero
+        values["attn"] = np.where(still, 0.5, attn / np.where(still, 1, both))
+    return moments({**rows, "values": values})
 
 
 def _compute(state: State) -> list[Series]:

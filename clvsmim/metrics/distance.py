@@ -5,18 +5,23 @@ scaled back to sum 1. `cls_mass` says how much that hides, `null_rows` how many 
 leaves with nothing, `cls_attention` what the CLS token itself gives to patches.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from clvsmim.metrics import (
     Axis,
+    Image,
     Metric,
     Series,
     State,
     check_tokens,
     mean_series,
-    of_each_map,
+    of_each,
+    shared,
+    stored,
 )
 
 __all__ = [
@@ -52,17 +57,12 @@ def patch_attention(
     A row with all its mass on the prefix becomes uniform. `eps` is added to every entry
     before the rows are scaled.
     """
-    mass = _mass(attention, prefix)  # (N,)
-    n = len(mass)
-    mass = (mass + n * eps)[:, None]
-    null = mass < NULL_MASS
-    inner = attention.astype(jnp.float32)[prefix:, prefix:] + eps  # (T, T) -> (N, N)
-    return jnp.where(null, 1 / n, inner / jnp.where(null, 1.0, mass))
+    return _scaled(attention, _mass(attention, prefix), eps)
 
 
 def null_rows(attention: jax.Array, *, prefix: int) -> jax.Array:
     """How many patch queries attend to no patch at all: (T, T) -> scalar float32."""
-    return jnp.sum(_mass(attention, prefix) < NULL_MASS, dtype=jnp.float32)
+    return _null_rows(_mass(attention, prefix))
 
 
 def cls_mass(attention: jax.Array, *, prefix: int) -> jax.Array:
@@ -109,19 +109,24 @@ def attention_distance(
     """
     check_tokens(len(attention), grid, prefix)
     inner = patch_attention(attention, prefix=prefix)  # (N, N)
-    far = grid_distances(grid, patch)  # (N, N)
-    # One product of long vectors: on a CPU four times faster than multiply and add.
-    total = jnp.dot(inner.reshape(-1), far.reshape(-1), precision=HIGHEST)
-    return total / len(inner)
+    return _mean_distance(inner, grid_distances(grid, patch))
 
 
 def make(*, grid: tuple[int, int], patch: int, prefix: int) -> Metric:
     """Attention distance per block and head, and the mass and rows left out of it."""
 
-    def head(attention: jax.Array) -> dict[str, jax.Array]:
-        far = attention_distance(attention, grid=grid, patch=patch, prefix=prefix)
-        cls = {"cls": cls_attention(attention, prefix=prefix)} if prefix else {}
-        return {"distance": far, **cls, **left_out(attention, prefix)}
+    far = grid_distances(grid, patch)
+
+    def kernel(image: Image) -> dict[str, jax.Array]:
+        attention = image["attention"]  # (H, T, T)
+        check_tokens(attention.shape[-1], grid, prefix)
+        inner = patches(image, prefix)  # (H, N, N)
+        found = {"distance": jax.vmap(lambda a: _mean_distance(a, far))(inner)}
+        if prefix:
+            found["cls"] = jax.vmap(lambda a: cls_attention(a, prefix=prefix))(
+                attention
+            )
+        return found | left_out(image, prefix)
 
     def compute(state: State) -> list[Series]:
         axes = blocks_and_heads(state["sum"]["distance"])
@@ -143,14 +148,24 @@ def make(*, grid: tuple[int, int], patch: int, prefix: int) -> Metric:
         ]
         return [*series, *left_out_series(state)]
 
-    return of_each_map(jax.vmap(head), compute)
+    return of_each("attention", kernel, compute)
 
 
-def left_out(attention: jax.Array, prefix: int) -> dict[str, jax.Array]:
-    """What every metric of patch attention reports beside its own number."""
+def patches(image: Image, prefix: int) -> jax.Array:
+    """`patch_attention` of all heads, which metrics share: (H, N, N)."""
+
+    def derive(image: Image) -> jax.Array:
+        return stored(_scaled, image["attention"], _masses(image, prefix))
+
+    return shared(image, f"patch attention {prefix}", derive)
+
+
+def left_out(image: Image, prefix: int) -> dict[str, jax.Array]:
+    """What every metric of patch attention reports beside its own number: (H,) each."""
+    on_cls = functools.partial(cls_mass, prefix=prefix)
     return {
-        "cls_mass": cls_mass(attention, prefix=prefix),
-        "null_rows": null_rows(attention, prefix=prefix),
+        "cls_mass": jax.vmap(on_cls)(image["attention"]),
+        "null_rows": jax.vmap(_null_rows)(_masses(image, prefix)),
     }
 
 
@@ -185,6 +200,32 @@ def blocks_and_heads(like: np.ndarray) -> tuple[Axis, Axis]:
     """The axes of an (L, H) array; blocks and heads count from 1."""
     depth, heads = np.shape(like)
     return Axis("block", (*range(1, depth + 1),)), Axis("head", (*range(1, heads + 1),))
+
+
+def _mean_distance(inner: jax.Array, far: np.ndarray) -> jax.Array:
+    """Of (N, N) attention of rows that sum to 1, at distances (N, N)."""
+    # One product of long vectors: on a CPU four times faster than multiply and add.
+    total = jnp.dot(inner.reshape(-1), far.reshape(-1), precision=HIGHEST)
+    return total / len(inner)
+
+
+def _scaled(attention: jax.Array, mass: jax.Array, eps: float = 0.0) -> jax.Array:
+    """`patch_attention` of (T, T), whose `_mass` (N,) is known."""
+    n = len(mass)
+    mass = (mass + n * eps)[:, None]
+    null = mass < NULL_MASS
+    inner = attention.astype(jnp.float32)[-n:, -n:] + eps  # (T, T) -> (N, N)
+    return jnp.where(null, 1 / n, inner / jnp.where(null, 1.0, mass))
+
+
+def _null_rows(mass: jax.Array) -> jax.Array:
+    return jnp.sum(mass < NULL_MASS, dtype=jnp.float32)
+
+
+def _masses(image: Image, prefix: int) -> jax.Array:
+    """`_mass` of all heads, which metrics share: (H, N)."""
+    one = jax.vmap(lambda attention: _mass(attention, prefix))
+    return shared(image, f"mass {prefix}", lambda image: one(image["attention"]))
 
 
 def _mass(attention: jax.Array, prefix: int) -> jax.Array:

@@ -7,8 +7,8 @@ in units of attention. `head_cosine` is 1 when all heads of a block attend alike
 import jax
 import jax.numpy as jnp
 
-from clvsmim.metrics import Metric, Series, State, mean_series, of_each_map
-from clvsmim.metrics.distance import blocks_and_heads, patch_attention
+from clvsmim.metrics import Image, Metric, Series, State, mean_series, of_each
+from clvsmim.metrics.distance import blocks_and_heads, patch_attention, patches
 
 __all__ = ["head_cosine", "row_deviation"]
 
@@ -24,7 +24,7 @@ def row_deviation(attention: jax.Array, *, prefix: int) -> jax.Array:
       Scalar float32: 0 if all queries attend alike, at most sqrt(N - 1) / N (0.0712 for
       196 patches), if each has a key of its own.
     """
-    return jnp.std(patch_attention(attention, prefix=prefix), axis=0).mean()
+    return _deviation(patch_attention(attention, prefix=prefix))
 
 
 def head_cosine(attention: jax.Array, *, prefix: int) -> jax.Array:
@@ -38,24 +38,15 @@ def head_cosine(attention: jax.Array, *, prefix: int) -> jax.Array:
       Scalar float32 from 0 (no two heads share a key) to 1 (all heads alike, or one
       head only).
     """
-    heads = len(attention)
-    if heads == 1:
-        return jnp.float32(1)
-    inner = jax.vmap(lambda a: patch_attention(a, prefix=prefix))(attention)
-    length = jnp.sqrt(jnp.square(inner).sum(axis=(1, 2)))  # (H,)
-    # All pairs at once: the squared length of the sum of unit vectors is the sum of all
-    # their cosines, the H of a head with itself among them.
-    flat = inner.reshape(heads, -1)  # (H, N, N) -> (H, N N)
-    common = jnp.matmul(1 / length, flat, precision=jax.lax.Precision.HIGHEST)
-    return (jnp.square(common).sum() - heads) / (heads * (heads - 1))
+    return _cosine(jax.vmap(lambda a: patch_attention(a, prefix=prefix))(attention))
 
 
 def make(*, prefix: int) -> Metric:
     """Deviation over queries per block and head, and cosine between heads per block."""
 
-    def kernel(attention: jax.Array) -> dict[str, jax.Array]:
-        rows = jax.vmap(lambda a: row_deviation(a, prefix=prefix))(attention)  # (H,)
-        return {"rows": rows, "heads": head_cosine(attention, prefix=prefix)}
+    def kernel(image: Image) -> dict[str, jax.Array]:
+        inner = patches(image, prefix)  # (H, N, N)
+        return {"rows": jax.vmap(_deviation)(inner), "heads": _cosine(inner)}
 
     def compute(state: State) -> list[Series]:
         axes = blocks_and_heads(state["sum"]["rows"])
@@ -75,4 +66,21 @@ def make(*, prefix: int) -> Metric:
             ),
         ]
 
-    return of_each_map(kernel, compute)
+    return of_each("attention", kernel, compute)
+
+
+def _deviation(inner: jax.Array) -> jax.Array:
+    return jnp.std(inner, axis=0).mean()  # (N, N) -> ()
+
+
+def _cosine(inner: jax.Array) -> jax.Array:
+    """`head_cosine` of (H, N, N) attention of rows that sum to 1."""
+    heads = len(inner)
+    if heads == 1:
+        return jnp.float32(1)
+    length = jnp.sqrt(jnp.square(inner).sum(axis=(1, 2)))  # (H,)
+    # All pairs at once: the squared length of the sum of unit vectors is the sum of all
+    # their cosines, the H of a head with itself among them.
+    flat = inner.reshape(heads, -1)  # (H, N, N) -> (H, N N)
+    common = jnp.matmul(1 / length, flat, precision=jax.lax.Precision.HIGHEST)
+    return (jnp.square(common).sum() - heads) / (heads * (heads - 1))

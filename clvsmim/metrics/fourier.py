@@ -8,25 +8,22 @@ the mean, the curve falls when detail goes, but also when a constant is added: h
 absolute log amplitude is reported with it.
 """
 
-import functools
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from clvsmim.metrics import (
     Axis,
-    Features,
+    Image,
     Metric,
     Series,
     State,
     check_tokens,
     mean_series,
-    over_blocks,
-    over_images,
+    of_each,
     taps,
 )
+from clvsmim.metrics.smoothing import centred_patches
 
 __all__ = ["delta_log_amplitude", "half_diagonal", "log_amplitude"]
 
@@ -74,17 +71,7 @@ def log_amplitude(
     """
     check_tokens(len(tokens), grid, prefix)
     maps = tokens.astype(jnp.float32)[prefix:]  # (T, D) -> (N, D)
-    total = maps.sum(axis=0, keepdims=True)  # (1, D), the zero frequency
-    # The other bins do not see the mean. Taking it out first keeps its rounding error
-    # away from them: residual streams have channels with very large means.
-    waves = jnp.einsum(
-        "wfn,nd->wfd",
-        _waves(grid),
-        maps - total / len(maps),
-        precision=jax.lax.Precision.HIGHEST,
-    )  # (2, F-1, D), cosine and sine parts
-    amplitude = jnp.concatenate([jnp.abs(total), jnp.sqrt(jnp.square(waves).sum(0))])
-    return jnp.log(amplitude + EPS).mean(axis=1)  # (F, D) -> (F,)
+    return _log_amplitude(maps, maps - maps[:1], grid)
 
 
 def delta_log_amplitude(
@@ -103,14 +90,11 @@ def make(*, grid: tuple[int, int], prefix: int) -> Metric:
     f = np.arange(len(half_diagonal(grid)))
     frequency = Axis("frequency (pi)", tuple((2 * f / min(grid)).tolist()))
 
-    def kernel(tokens: jax.Array) -> dict[str, jax.Array]:
-        log = log_amplitude(tokens, grid=grid, prefix=prefix)
+    def kernel(image: Image) -> dict[str, jax.Array]:
+        check_tokens(len(image["tokens"]), grid, prefix)
+        maps = image["tokens"].astype(jnp.float32)[prefix:]
+        log = _log_amplitude(maps, centred_patches(image, prefix), grid)
         return {"log": log, "delta": log - log[:1]}
-
-    def update(features: Features, weights: jax.Array) -> dict[str, Any]:
-        few = functools.partial(over_images, jax.vmap(kernel))
-        values = over_blocks(few, features["residual"], 0)  # each (B, 2L+1, F)
-        return {"weight": weights, "values": values}
 
     def compute(state: State) -> list[Series]:
         sites = taps(len(state["sum"]["delta"]) // 2)
@@ -132,7 +116,23 @@ def make(*, grid: tuple[int, int], prefix: int) -> Metric:
             mean_series(state, "log", name="log amplitude", source="", **curve),
         ]
 
-    return Metric(needs=("residual",), update=update, compute=compute)
+    return of_each("residual", kernel, compute)
+
+
+def _log_amplitude(
+    maps: jax.Array, less: jax.Array, grid: tuple[int, int]
+) -> jax.Array:
+    """`log_amplitude` of patch tokens (N, D), also given less one token or the mean.
+
+    The bins after the first do not see what is the same for all tokens. Without it they
+    are safe from its rounding error: residual streams have channels with large means.
+    """
+    total = maps.sum(axis=0, keepdims=True)  # (1, D), the zero frequency
+    waves = jnp.einsum(
+        "wfn,nd->wfd", _waves(grid), less, precision=jax.lax.Precision.HIGHEST
+    )  # (2, F-1, D), cosine and sine parts
+    amplitude = jnp.concatenate([jnp.abs(total), jnp.sqrt(jnp.square(waves).sum(0))])
+    return jnp.log(amplitude + EPS).mean(axis=1)  # (F, D) -> (F,)
 
 
 def _waves(grid: tuple[int, int]) -> np.ndarray:

@@ -6,6 +6,7 @@ attention and a single key for all queries both give 0; so is the row entropy, a
 of entropy collapse (Zhai et al. 2023).
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -13,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import entr
 
-from clvsmim.metrics import Metric, Series, State, mean_series, of_each_map
+from clvsmim.metrics import Image, Metric, Series, State, mean_series, of_each
 from clvsmim.metrics.distance import (
     blocks_and_heads,
     left_out,
     left_out_series,
     patch_attention,
+    patches,
 )
 
 __all__ = ["AttentionInformation", "attention_information", "attention_nmi"]
@@ -59,14 +61,7 @@ def attention_information(
 
     Source: Fig. 4.
     """
-    inner = patch_attention(attention, prefix=prefix, eps=compat_eps)  # (N, N)
-    row_entropy = entr(inner).sum(axis=1).mean()  # (N, N) -> ()
-    key_entropy = entr(inner.mean(axis=0)).sum()
-    information = jnp.maximum(key_entropy - row_entropy, 0.0)
-    one_key = key_entropy < ONE_KEY
-    scale = jnp.where(one_key, 1.0, key_entropy * np.float32(np.log(len(inner))))
-    nmi = jnp.where(one_key, 0.0, information / jnp.sqrt(scale))
-    return AttentionInformation(nmi, information, key_entropy, row_entropy)
+    return _information(patch_attention(attention, prefix=prefix, eps=compat_eps))
 
 
 def attention_nmi(
@@ -79,9 +74,15 @@ def attention_nmi(
 def make(*, prefix: int, compat_eps: float = 0.0) -> Metric:
     """NMI per block and head (the mean of each image's own), with its parts."""
 
-    def head(attention: jax.Array) -> dict[str, jax.Array]:
-        parts = attention_information(attention, prefix=prefix, compat_eps=compat_eps)
-        return {**parts._asdict(), **left_out(attention, prefix)}
+    def inner(image: Image) -> jax.Array:  # (H, N, N)
+        if not compat_eps:
+            return patches(image, prefix)
+        one = functools.partial(patch_attention, prefix=prefix, eps=compat_eps)
+        return jax.vmap(one)(image["attention"])
+
+    def kernel(image: Image) -> dict[str, jax.Array]:
+        parts = jax.vmap(_information)(inner(image))
+        return {**parts._asdict(), **left_out(image, prefix)}
 
     def compute(state: State) -> list[Series]:
         axes = blocks_and_heads(state["sum"]["nmi"])
@@ -106,4 +107,15 @@ def make(*, prefix: int, compat_eps: float = 0.0) -> Metric:
         ]
         return [*series, *left_out_series(state)]
 
-    return of_each_map(jax.vmap(head), compute)
+    return of_each("attention", kernel, compute)
+
+
+def _information(inner: jax.Array) -> AttentionInformation:
+    """Of (N, N) attention of rows that sum to 1."""
+    row_entropy = entr(inner).sum(axis=1).mean()  # (N, N) -> ()
+    key_entropy = entr(inner.mean(axis=0)).sum()
+    information = jnp.maximum(key_entropy - row_entropy, 0.0)
+    one_key = key_entropy < ONE_KEY
+    scale = jnp.where(one_key, 1.0, key_entropy * np.float32(np.log(len(inner))))
+    nmi = jnp.where(one_key, 0.0, information / jnp.sqrt(scale))
+    return AttentionInformation(nmi, information, key_entropy, row_entropy)

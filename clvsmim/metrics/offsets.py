@@ -19,14 +19,15 @@ import numpy as np
 
 from clvsmim.metrics import (
     Axis,
+    Image,
     Metric,
     Series,
     State,
     check_tokens,
     mean_series,
-    of_each_map,
+    of_each,
 )
-from clvsmim.metrics.distance import blocks_and_heads, patch_attention
+from clvsmim.metrics.distance import blocks_and_heads, patch_attention, patches
 
 __all__ = [
     "aligned_attention",
@@ -57,21 +58,7 @@ def aligned_attention(
     Source: Walmer et al. 2023.
     """
     check_tokens(len(attention), grid, prefix)
-    inner = patch_attention(attention, prefix=prefix)
-    rows, columns = grid
-    inner = inner.reshape(rows, columns, rows, columns)
-    # Along rows by sums of slices, which fuse with the scaling into one reading of the
-    # map; what is left for the product is 7 times smaller.
-    by_row = [
-        sum(inner[i, :, i + down] for i in range(max(0, -down), min(rows, rows - down)))
-        for down in range(1 - rows, rows)
-    ]  # (columns, columns) each
-    return jnp.einsum(
-        "uqk,qkv->uv",
-        jnp.stack(by_row),
-        _shifts(columns),
-        precision=jax.lax.Precision.HIGHEST,
-    )
+    return _aligned(patch_attention(attention, prefix=prefix), grid)
 
 
 def offset_visits(grid: tuple[int, int]) -> np.ndarray:
@@ -137,10 +124,10 @@ def make(*, grid: tuple[int, int], patch: int, prefix: int) -> Metric:
     The state also has the canvases of all heads, summed over images.
     """
 
-    def kernel(attention: jax.Array) -> dict[str, jax.Array]:
-        canvas = jax.vmap(lambda a: aligned_attention(a, grid=grid, prefix=prefix))(
-            attention
-        )  # (H, T, T) -> (H, 2 rows - 1, 2 columns - 1)
+    def kernel(image: Image) -> dict[str, jax.Array]:
+        check_tokens(image["attention"].shape[-1], grid, prefix)
+        # (H, N, N) -> (H, 2 rows - 1, 2 columns - 1)
+        canvas = jax.vmap(lambda a: _aligned(a, grid))(patches(image, prefix))
         mean = canvas.mean(axis=0)
         return {
             "canvas": canvas,
@@ -180,7 +167,25 @@ def make(*, grid: tuple[int, int], patch: int, prefix: int) -> Metric:
             ),
         ]
 
-    return of_each_map(kernel, compute)
+    return of_each("attention", kernel, compute)
+
+
+def _aligned(inner: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """`aligned_attention` of (N, N) attention of rows that sum to 1."""
+    rows, columns = grid
+    inner = inner.reshape(rows, columns, rows, columns)
+    # Along rows by sums of slices, which read the map once; what is left for the
+    # product is 7 times smaller.
+    by_row = [
+        sum(inner[i, :, i + down] for i in range(max(0, -down), min(rows, rows - down)))
+        for down in range(1 - rows, rows)
+    ]  # (columns, columns) each
+    return jnp.einsum(
+        "uqk,qkv->uv",
+        jnp.stack(by_row),
+        _shifts(columns),
+        precision=jax.lax.Precision.HIGHEST,
+    )
 
 
 def _offset_series(state: State, grid: tuple[int, int], patch: int) -> Series:

@@ -15,13 +15,14 @@ import numpy as np
 
 from clvsmim.metrics import (
     Axis,
-    Features,
+    Image,
     Metric,
     Series,
     State,
     block_axis,
-    image_features,
     keep,
+    of_each,
+    pooled,
 )
 from clvsmim.metrics._covariance import (
     add_scatters,
@@ -70,13 +71,14 @@ def make(*, prefix: int, cls: bool = True) -> Metric:
     """
     pools = {k: v for k, v in POOLS.items() if k == "patches" or (cls and prefix)}
 
-    def update(features: Features, weights: jax.Array) -> dict[str, Any]:
-        residual = features["residual"]
-        rows = {p: image_features(residual, prefix=prefix, pool=p) for p in pools}
-        return {"weight": weights, **rows}  # each (B, L+1, C)
+    def kernel(image: Image) -> dict[str, jax.Array]:
+        if image["tap"] % 2:  # between attention and MLP
+            return {}
+        return {p: pooled(image["tokens"], prefix=prefix, pool=p) for p in pools}
 
     def to_state(rows: dict[str, Any]) -> State:
-        kept = keep({**rows, "index": np.arange(len(rows["weight"]))})
+        index = np.arange(len(rows["weight"]))
+        kept = keep({"weight": rows["weight"], "index": index, **rows["values"]})
         unit = unit_length(np, kept["patches"].astype(np.float64))
         return {
             "count": np.float64(len(unit)),
@@ -96,13 +98,7 @@ def make(*, prefix: int, cls: bool = True) -> Metric:
         ]
         return [*series, *rank_series(state, state["patches"])]
 
-    return Metric(
-        needs=("residual",),
-        update=update,
-        to_state=to_state,
-        merge=merge,
-        compute=compute,
-    )
+    return of_each("residual", kernel, compute, to_state, merge)
 
 
 def spectrum_series(state: State, pool: State, level: str) -> list[Series]:

@@ -27,7 +27,14 @@ from clvsmim.metrics import (
 
 __all__ = ["attention_rollout"]
 
-FUSIONS = {"mean": jnp.mean, "max": jnp.max, "min": jnp.min}  # of the heads
+
+def _mean(x: jax.Array, axis: int) -> jax.Array:
+    """As a product: on a CPU fifteen times faster than a sum over the leading axis."""
+    weights = jnp.full(x.shape[axis], 1 / x.shape[axis], x.dtype)
+    return jnp.tensordot(weights, x, (0, axis), precision=jax.lax.Precision.HIGHEST)
+
+
+FUSIONS = {"mean": _mean, "max": jnp.max, "min": jnp.min}  # of the heads
 
 
 def attention_rollout(
@@ -66,11 +73,12 @@ def make(
     The sum of the map is below 1: the rest is from CLS (and registers) itself.
     """
 
-    mixing = jax.vmap(lambda attention: _mixing(attention, fusion, discard))
+    def mixing(attention: jax.Array) -> jax.Array:
+        return _mixing(attention, fusion, discard)  # (H, T, T) -> (T, T)
 
     def block(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
         attention, below = pair
-        return _later(below, mixing(attention))  # (B, T, T)
+        return _later(below, mixing(attention))
 
     def update(features: Features, weights: jax.Array) -> dict[str, Any]:
         maps = features["attention"]

@@ -6,19 +6,19 @@ for tokens with their mean taken out. Those of equal length have -1 / (N - 1) wh
 their directions; it rises where a few tokens are very long.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from clvsmim.metrics import (
     Axis,
-    Features,
+    Image,
     Metric,
     Series,
     State,
     mean_series,
-    over_blocks,
+    of_each,
+    shared,
+    stored,
     taps,
 )
 
@@ -42,28 +42,17 @@ def token_cosine(tokens: jax.Array, *, prefix: int, centred: bool = False) -> ja
     """
     check_patches(len(tokens), prefix, least=2)
     x = tokens.astype(jnp.float32)[prefix:]  # (T, D) -> (N, D)
-    x = centre(x) if centred else x
-    square = jnp.square(x).sum(axis=1)  # (N,)
-    zero = square == 0
-    weight = jnp.where(zero, 0.0, jax.lax.rsqrt(jnp.where(zero, 1.0, square)))
-    common = jnp.matmul(weight, x, precision=jax.lax.Precision.HIGHEST)  # (D,)
-    # The squared length of the sum of directions: all pairs, and each with itself.
-    pairs = jnp.square(common).sum() - jnp.sum(~zero)
-    return pairs / (len(x) * (len(x) - 1))
+    return _cosine(centre(x) if centred else x)
 
 
 def make(*, prefix: int) -> Metric:
     """Both cosines at every tap."""
 
-    def kernel(tokens: jax.Array) -> dict[str, jax.Array]:
+    def kernel(image: Image) -> dict[str, jax.Array]:
         return {
-            "cosine": token_cosine(tokens, prefix=prefix),
-            "centred": token_cosine(tokens, prefix=prefix, centred=True),
+            "cosine": token_cosine(image["tokens"], prefix=prefix),
+            "centred": _cosine(centred_patches(image, prefix)),
         }
-
-    def update(features: Features, weights: jax.Array) -> dict[str, Any]:
-        values = over_blocks(kernel, features["residual"], 1)  # each (B, 2L+1)
-        return {"weight": weights, "values": values}
 
     def compute(state: State) -> list[Series]:
         return [
@@ -82,7 +71,19 @@ def make(*, prefix: int) -> Metric:
             )
         ]
 
-    return Metric(needs=("residual",), update=update, compute=compute)
+    return of_each("residual", kernel, compute)
+
+
+def centred_patches(image: Image, prefix: int) -> jax.Array:
+    """Patch tokens minus their mean, which metrics share: (N, D) float32."""
+
+    def derive(image: Image) -> jax.Array:
+        x = image["tokens"].astype(jnp.float32)[prefix:]
+        first, mean = x[0], (x - x[:1]).mean(axis=0)
+        return stored(lambda token: token - first - mean, x)
+
+    check_patches(len(image["tokens"]), prefix, least=2)
+    return shared(image, f"centred patches {prefix}", derive)
 
 
 def check_patches(tokens: int, prefix: int, *, least: int) -> None:
@@ -92,6 +93,17 @@ def check_patches(tokens: int, prefix: int, *, least: int) -> None:
             f"got {tokens} tokens with a prefix of {prefix}, expected at least {least} "
             "after the prefix; use smaller patches or a larger image"
         )
+
+
+def _cosine(x: jax.Array) -> jax.Array:
+    """Cosine between two different rows of (N, D), mean over all pairs."""
+    square = jnp.square(x).sum(axis=1)  # (N,)
+    zero = square == 0
+    weight = jnp.where(zero, 0.0, jax.lax.rsqrt(jnp.where(zero, 1.0, square)))
+    common = jnp.matmul(weight, x, precision=jax.lax.Precision.HIGHEST)  # (D,)
+    # The squared length of the sum of directions: all pairs, and each with itself.
+    pairs = jnp.square(common).sum() - jnp.sum(~zero)
+    return pairs / (len(x) * (len(x) - 1))
 
 
 def centre(x: jax.Array) -> jax.Array:

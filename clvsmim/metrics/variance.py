@@ -4,22 +4,20 @@ Attention averages over positions and lowers it, MLPs raise it (Park and Kim 202
 do vision transformers work?").
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from clvsmim.metrics import (
     Axis,
-    Features,
+    Image,
     Metric,
     Series,
     State,
     mean_series,
-    over_blocks,
+    of_each,
     taps,
 )
-from clvsmim.metrics.smoothing import centre, check_patches
+from clvsmim.metrics.smoothing import centre, centred_patches, check_patches
 
 __all__ = ["map_variance"]
 
@@ -38,19 +36,14 @@ def map_variance(tokens: jax.Array, *, prefix: int) -> jax.Array:
       ValueError: there are fewer than 2 patches.
     """
     check_patches(len(tokens), prefix, least=2)
-    x = centre(tokens.astype(jnp.float32)[prefix:])  # (T, D) -> (N, D)
-    return jnp.square(x).sum(axis=0).mean() / (len(x) - 1)
+    return _variance(centre(tokens.astype(jnp.float32)[prefix:]))
 
 
 def make(*, prefix: int) -> Metric:
     """The variance at every tap."""
 
-    def kernel(tokens: jax.Array) -> dict[str, jax.Array]:
-        return {"variance": map_variance(tokens, prefix=prefix)}
-
-    def update(features: Features, weights: jax.Array) -> dict[str, Any]:
-        values = over_blocks(kernel, features["residual"], 1)  # (B, 2L+1)
-        return {"weight": weights, "values": values}
+    def kernel(image: Image) -> dict[str, jax.Array]:
+        return {"variance": _variance(centred_patches(image, prefix))}
 
     def compute(state: State) -> list[Series]:
         sites = taps(len(state["sum"]["variance"]) // 2)
@@ -66,4 +59,8 @@ def make(*, prefix: int) -> Metric:
             )
         ]
 
-    return Metric(needs=("residual",), update=update, compute=compute)
+    return of_each("residual", kernel, compute)
+
+
+def _variance(x: jax.Array) -> jax.Array:
+    return jnp.square(x).sum(axis=0).mean() / (len(x) - 1)  # centred (N, D) -> ()

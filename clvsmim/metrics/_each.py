@@ -1,0 +1,150 @@
+"""Metrics of one attention map or one tap at a time, several in one reading of it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from clvsmim.metrics._contract import Features, Image, Metric, Series
+from clvsmim.metrics._states import State, add, moments
+
+CACHE = 2**21  # bytes of features that a CPU works on at a time
+
+
+def of_each(
+    feature: str,
+    kernel: Callable[[Image], dict[str, jax.Array]],
+    compute: Callable[[State], list[Series]],
+    to_state: Callable[[dict[str, Any]], State] = moments,
+    merge: Callable[[State, State], State] = add,
+) -> Metric:
+    """A metric that looks at one image and one place of a feature at a time.
+
+    The kernel is given a dict. Of "attention" it is {"attention": (H, T, T)} of a
+    block; of "residual" {"tokens": (T, D)} of a tap, {"before": (T, D)} of the tap
+    before it, but for the embedding, and {"tap": the number of the tap}. It returns
+    values by name, none at a place that it leaves out. The rows are {"weight",
+    "values": a tuple over places}; `to_state` gets the values of all places stacked,
+    (B, places, ...).
+    """
+
+    def stacked(rows: dict[str, Any]) -> State:
+        values = jax.tree.map(lambda *x: np.stack(x, axis=1), *rows["values"])
+        return to_state({**rows, "values": values})
+
+    return Metric(
+        needs=(feature,),
+        update=lambda features, weights: {
+            "weight": weights,
+            "values": over_each(feature, {"": kernel}, features)[""],
+        },
+        compute=compute,
+        to_state=stacked,
+        merge=merge,
+        each=kernel,
+    )
+
+
+def over_each(
+    feature: str, kernels: dict[str, Callable], features: Features
+) -> dict[str, tuple[Any, ...]]:
+    """The kernels of several metrics `of_each`, in one reading of their feature.
+
+    Returns:
+      {name: a tuple over places of values (B, ...)}.
+    """
+    found = {name: [] for name in kernels}
+    for place, arrays in enumerate(PLACES[feature](features[feature])):
+
+        def all_kernels(arrays: Image, place: int = place) -> dict[str, Any]:
+            image = {**arrays, "tap": place}
+            return {name: kernel(image) for name, kernel in kernels.items()}
+
+        for name, values in over_images(all_kernels, arrays).items():
+            if values:
+                found[name].append(values)
+    return {name: tuple(values) for name, values in found.items()}
+
+
+def _maps(attention: tuple[jax.Array, ...]) -> list[Image]:
+    return [{"attention": maps} for maps in attention]
+
+
+def _taps(residual: tuple[jax.Array, ...]) -> list[Image]:
+    first, *others = residual
+    return [
+        {"tokens": first},
+        *(
+            {"before": before, "tokens": tokens}
+            for before, tokens in zip(residual, others, strict=False)
+        ),
+    ]
+
+
+PLACES = {"attention": _maps, "residual": _taps}
+
+
+def over_images(function: Callable, x: Any) -> Any:
+    """`function` of each image: x and the results have the images in front.
+
+    On a CPU a few images at a time: what is computed on the way then stays in a cache
+    and is never there for all images, which takes less time and far less memory.
+    """
+
+    def few_by_few(x: Any) -> Any:
+        leaves = jax.tree.leaves(x)
+        images, size = len(leaves[0]), sum(leaf.nbytes for leaf in leaves)
+        ways = _devices() if images % _devices() == 0 else 1
+        each = images // ways  # of a device; none reads another one's
+        most = max(1, CACHE * images // size)
+        step = next(n for n in range(min(each, most), 0, -1) if each % n == 0)
+        # Of one image alone: an axis of length 1 would cost a CPU twice the time.
+        few = function if step == 1 else jax.vmap(function)
+        split = (each,) if step == 1 else (each // step, step)
+        if ways == 1:
+            rows = jax.lax.map(few, _reshape(x, 1, split))
+        else:  # all devices at once
+            split = (ways, *split)
+            rows = _swap(jax.lax.map(jax.vmap(few), _swap(_reshape(x, 1, split))))
+        return _reshape(rows, len(split), (images,))
+
+    return jax.lax.platform_dependent(x, cpu=few_by_few, default=jax.vmap(function))
+
+
+def stored(function: Callable, *args: jax.Array) -> jax.Array:
+    """`function` of each entry of the arrays, kept in memory for several to read.
+
+    On a CPU the compiler would otherwise weave it into each that reads it, and there
+    compute it again at a fraction of the speed; what a loop returns, it must keep.
+    """
+
+    every = jax.vmap(function)
+
+    def in_parts(*args: jax.Array) -> jax.Array:
+        n = len(args[0])
+        size = n // next((k for k in range(2, n + 1) if n % k == 0), 1)
+
+        def body(i: jax.Array, found: jax.Array) -> jax.Array:
+            part = (jax.lax.dynamic_slice_in_dim(x, size * i, size) for x in args)
+            return jax.lax.dynamic_update_slice_in_dim(found, every(*part), size * i, 0)
+
+        like = jax.eval_shape(every, *args)
+        empty = jax.lax.empty(like.shape, like.dtype)
+        return jax.lax.fori_loop(0, n // size, body, empty)
+
+    return jax.lax.platform_dependent(*args, cpu=in_parts, default=every)
+
+
+def _reshape(x: Any, axes: int, shape: tuple[int, ...]) -> Any:
+    """Give the first `axes` axes of all leaves another shape."""
+    return jax.tree.map(lambda a: a.reshape(*shape, *a.shape[axes:]), x)
+
+
+def _swap(x: Any) -> Any:
+    return jax.tree.map(lambda a: a.swapaxes(0, 1), x)
+
+
+def _devices() -> int:
+    """Of the mesh in use, over which images are split; 1 without a mesh."""
+    return max(jax.sharding.get_abstract_mesh().size, 1)
