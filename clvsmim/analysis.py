@@ -113,9 +113,9 @@ def make_measure(
         features = {**taps, "output": output, **{k: batch[k] for k in LABELS}}
         found = {}
         for feature in PLACES:  # all that look at one in the same loop
-            here = {n: m for n, m in metrics.items() if m.each and feature in m.needs}
-            kernels = {name: m.each for name, m in here.items()}
-            found |= over_each(feature, kernels, features) if here else {}
+            here = {n: m for n, m in metrics.items() if feature in m.needs}
+            kernels = {n: m.each for n, m in here.items() if m.each}
+            found |= over_each(feature, kernels, features) if kernels else {}
         rows = {}
         for name, m in metrics.items():
             weight = batch["weight"]

@@ -24,7 +24,7 @@ from clvsmim.data import Source
 from clvsmim.data.pipeline import eval_batches
 from clvsmim.log import JsonlLog, read
 from clvsmim.measure import eval_view
-from clvsmim.metrics import Metric, Series, State, block_axis, keep
+from clvsmim.metrics import Metric, Series, State, block_axis, keep, of_each
 from clvsmim.metrics.dimension import effective_rank
 from clvsmim.vit import ViT
 
@@ -81,7 +81,8 @@ def _few_images(prefix: int) -> Metric:
     """
 
     def to_state(rows: dict[str, Any]) -> State:
-        return keep({**rows, "index": np.arange(len(rows["weight"]))})
+        index = np.arange(len(rows["weight"]))
+        return keep({"weight": rows["weight"], "index": index, **rows["values"]})
 
     def compute(state: State) -> list[Series]:
         x = state["patches"].astype(np.float64).swapaxes(0, 1)  # (L+1, B, C)
@@ -103,9 +104,7 @@ def _few_images(prefix: int) -> Metric:
         ]
 
     usual = plugin.load("metrics", "rank", prefix=prefix, cls=False)
-    return Metric(
-        needs=("residual",), update=usual.update, to_state=to_state, compute=compute
-    )
+    return of_each("residual", usual.each, compute, to_state)
 
 
 @functools.lru_cache(maxsize=8)

@@ -57,12 +57,6 @@ LABELS = {"label", "index"}
 every_metric = pytest.mark.parametrize("name", METRICS)
 
 
-@pytest.fixture(autouse=True)
-def small_cache(monkeypatch):
-    """Even these few images are too many for a CPU to work on at a time."""
-    monkeypatch.setattr(metrics._each, "CACHE", 2**13)
-
-
 @functools.cache
 def load(name: str) -> Metric:
     """Any metric of the tiny encoder below."""
@@ -237,7 +231,7 @@ def test_every_file_with_make_is_a_metric_and_private_ones_are_none():
     files = plugin.names("metrics")
     assert set(METRICS) == set(BFLOAT16) and set(METRICS) < set(files)
     assert not any(file.startswith("_") for file in files)
-    for private in ("_contract", "_states"):
+    for private in ("_contract", "_each", "_states"):
         with pytest.raises(ValueError, match=f"unknown metrics name '{private}'"):
             plugin.load("metrics", private)
     for name in METRICS:

@@ -72,8 +72,9 @@ For the analysis, `plugin.load("metrics", "nmi", prefix=1)` calls `make(prefix=1
 its kernels named in `__all__`; no list of code has to learn of it. A file has a short
 name of one word, a kernel one of several or one that is no file's: importing a
 submodule `metrics.x` would overwrite a function `metrics.x`. A file without `make`
-(`maps`, `dimension`, `clusters`) holds kernels only. What looks at one block's attention
-or one tap of one image at a time is made by `of_each`; all of those share one loop.
+(`maps`, `dimension`, `clusters`) holds kernels only. A metric that looks at the
+attention of one block, or at one tap, of one image at a time is made by `of_each`; all
+such metrics share one loop.
 
 Features, the first argument of `update`, are a dict of tuples over blocks, never
 stacked, so that a block's tensors are freed before the next block runs:

@@ -177,11 +177,12 @@ def check_tokens(tokens: int, grid: tuple[int, int], prefix: int) -> None:
         )
 
 
-def shared(features: Features, name: str, derive: Callable[[Features], Any]) -> Any:
-    """`derive(features)`, which several metrics need, computed once in a forward.
+def shared(features: Features | Image, name: str, derive: Callable[[Any], Any]) -> Any:
+    """`derive(features)`, which several metrics need, computed once.
 
     It is remembered in `features`, under a name that says all it depends on. Without
-    the barrier the compiler would weave it into each use and compute it every time.
+    the barrier the compiler of a GPU or TPU would weave it into each use and compute it
+    every time; that of a CPU does so all the same, if `derive` does not use `stored`.
     """
     if name not in features:
         features[name] = jax.lax.optimization_barrier(derive(features))

@@ -9,8 +9,6 @@ import numpy as np
 from clvsmim.metrics._contract import Features, Image, Metric, Series
 from clvsmim.metrics._states import State, add, moments
 
-CACHE = 2**21  # bytes of features that a CPU works on at a time
-
 
 def of_each(
     feature: str,
@@ -22,11 +20,11 @@ def of_each(
     """A metric that looks at one image and one place of a feature at a time.
 
     The kernel is given a dict. Of "attention" it is {"attention": (H, T, T)} of a
-    block; of "residual" {"tokens": (T, D)} of a tap, {"before": (T, D)} of the tap
-    before it, but for the embedding, and {"tap": the number of the tap}. It returns
-    values by name, none at a place that it leaves out. The rows are {"weight",
-    "values": a tuple over places}; `to_state` gets the values of all places stacked,
-    (B, places, ...).
+    block; of "residual" {"tokens": (T, D)} of a tap and {"before": (T, D)} of the tap
+    before it, but for the embedding. "place" is the number of the block or tap, from 0.
+    It returns values by name, none at a place that it leaves out. The rows are
+    {"weight", "values": a tuple over places}; `to_state` gets the values of all places
+    stacked, (B, places, ...).
     """
 
     def stacked(rows: dict[str, Any]) -> State:
@@ -58,7 +56,7 @@ def over_each(
     for place, arrays in enumerate(PLACES[feature](features[feature])):
 
         def all_kernels(arrays: Image, place: int = place) -> dict[str, Any]:
-            image = {**arrays, "tap": place}
+            image = {**arrays, "place": place}
             return {name: kernel(image) for name, kernel in kernels.items()}
 
         for name, values in over_images(all_kernels, arrays).items():
@@ -88,35 +86,28 @@ PLACES = {"attention": _maps, "residual": _taps}
 def over_images(function: Callable, x: Any) -> Any:
     """`function` of each image: x and the results have the images in front.
 
-    On a CPU a few images at a time: what is computed on the way then stays in a cache
-    and is never there for all images, which takes less time and far less memory.
+    On a CPU one after the other: what is computed on the way then stays in a cache and
+    is never there for all images, which takes less time and far less memory.
     """
 
-    def few_by_few(x: Any) -> Any:
-        leaves = jax.tree.leaves(x)
-        images, size = len(leaves[0]), sum(leaf.nbytes for leaf in leaves)
+    def one_by_one(x: Any) -> Any:
+        images = len(jax.tree.leaves(x)[0])
         ways = _devices() if images % _devices() == 0 else 1
-        each = images // ways  # of a device; none reads another one's
-        most = max(1, CACHE * images // size)
-        step = next(n for n in range(min(each, most), 0, -1) if each % n == 0)
-        # Of one image alone: an axis of length 1 would cost a CPU twice the time.
-        few = function if step == 1 else jax.vmap(function)
-        split = (each,) if step == 1 else (each // step, step)
         if ways == 1:
-            rows = jax.lax.map(few, _reshape(x, 1, split))
-        else:  # all devices at once
-            split = (ways, *split)
-            rows = _swap(jax.lax.map(jax.vmap(few), _swap(_reshape(x, 1, split))))
-        return _reshape(rows, len(split), (images,))
+            return jax.lax.map(function, x)
+        split = (ways, images // ways)  # one image of each device at a time
+        rows = jax.lax.map(jax.vmap(function), _swap(_reshape(x, 1, split)))
+        return _reshape(_swap(rows), 2, (images,))
 
-    return jax.lax.platform_dependent(x, cpu=few_by_few, default=jax.vmap(function))
+    return jax.lax.platform_dependent(x, cpu=one_by_one, default=jax.vmap(function))
 
 
 def stored(function: Callable, *args: jax.Array) -> jax.Array:
     """`function` of each entry of the arrays, kept in memory for several to read.
 
     On a CPU the compiler would otherwise weave it into each that reads it, and there
-    compute it again at a fraction of the speed; what a loop returns, it must keep.
+    compute it again at a fraction of the speed; what a loop of two or more turns
+    returns, it must keep.
     """
 
     every = jax.vmap(function)

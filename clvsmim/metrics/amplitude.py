@@ -25,6 +25,8 @@ from clvsmim.metrics.smoothing import centred_patches
 
 __all__ = ["log_amplitude_plane", "radial_average", "radial_frequencies"]
 
+HIGHEST = jax.lax.Precision.HIGHEST
+
 
 def log_amplitude_plane(
     tokens: jax.Array, *, grid: tuple[int, int], prefix: int
@@ -59,7 +61,7 @@ def radial_average(plane: jax.Array) -> jax.Array:
       (F,) float32, of the frequencies `radial_frequencies((rows, columns))`.
     """
     rings = _rings(plane.shape)  # (rows * columns, F)
-    return jnp.dot(plane.reshape(-1), rings, precision=jax.lax.Precision.HIGHEST)
+    return jnp.dot(plane.reshape(-1), rings, precision=HIGHEST)
 
 
 def radial_frequencies(grid: tuple[int, int]) -> np.ndarray:
@@ -83,7 +85,7 @@ def make(*, grid: tuple[int, int], prefix: int) -> Metric:
 
     def kernel(image: Image) -> dict[str, jax.Array]:
         check_tokens(len(image["tokens"]), grid, prefix)
-        if image["tap"] % 2:  # between attention and MLP
+        if image["place"] % 2:  # between attention and MLP
             return {}
         maps = image["tokens"].astype(jnp.float32)[prefix:]
         plane = _unfold(_half_plane(maps, centred_patches(image, prefix), grid), grid)
@@ -112,16 +114,17 @@ def make(*, grid: tuple[int, int], prefix: int) -> Metric:
     return of_each("residual", kernel, compute)
 
 
-def _half_plane(maps: jax.Array, less: jax.Array, grid: tuple[int, int]) -> jax.Array:
+def _half_plane(maps: jax.Array, rest: jax.Array, grid: tuple[int, int]) -> jax.Array:
     """The plane from vertical frequency 0 up; the rest of it mirrors this part.
 
-    Of patch tokens (N, D), also given less one token or the mean as in `fourier`, to
-    (U, columns) with U = rows // 2 + 1, columns in their final order.
+    Of patch tokens (N, D), and `rest` of them as in `fourier`, to (U, columns) with
+    U = rows // 2 + 1, columns in their final order.
     """
     (rows, columns), width = grid, maps.shape[1]
-    down = _times(_down(rows), less.reshape(1, rows, -1))  # (1, 2U, columns * D)
-    down = down.reshape(-1, 2 * columns, width)  # (U, 2 * columns, D)
-    waves = _times(_across(columns), down)
+    down = jnp.matmul(_down(rows), rest.reshape(rows, -1), precision=HIGHEST)
+    down = down.reshape(-1, 2 * columns, width)  # (2U, columns * D) -> (U, 2c, D)
+    across = jnp.broadcast_to(_across(columns), (len(down), *2 * (2 * columns,)))
+    waves = jnp.matmul(across, down, precision=HIGHEST)
     squares = jnp.square(waves).reshape(-1, 2, columns, width).sum(axis=1)
     half = jnp.log(jnp.sqrt(squares) + EPS).mean(axis=-1)  # (U, columns)
     zero = jnp.log(jnp.abs(maps.sum(axis=0)) + EPS).mean()
@@ -139,24 +142,19 @@ def _unfold(half: jax.Array, grid: tuple[int, int]) -> jax.Array:
     return jnp.concatenate([other, half[..., : rows - rows // 2, :]], axis=-2)
 
 
-def _times(matrix: np.ndarray, x: jax.Array) -> jax.Array:
-    """A constant (m, n) times each of x (B, n, k), in float32."""
-    each = jnp.broadcast_to(matrix.astype(np.float32), (len(x), *matrix.shape))
-    return jnp.matmul(each, x, precision=jax.lax.Precision.HIGHEST)
-
-
 def _down(rows: int) -> np.ndarray:
     """Cosine and sine of each vertical frequency from 0 up, in turns: (2U, rows)."""
     turns = np.outer(np.arange(rows // 2 + 1), np.arange(rows)) / rows
     both = np.stack([np.cos(2 * np.pi * turns), np.sin(2 * np.pi * turns)], axis=1)
-    return both.reshape(-1, rows)
+    return both.reshape(-1, rows).astype(np.float32)
 
 
 def _across(columns: int) -> np.ndarray:
     """From (cosine, sine) x columns to (real, imaginary) x horizontal frequencies."""
     turns = np.outer(_offsets(columns), np.arange(columns)) / columns
     cos, sin = np.cos(2 * np.pi * turns), np.sin(2 * np.pi * turns)
-    return np.block([[cos, -sin], [sin, cos]])  # sign of the imaginary part: no matter
+    both = np.block([[cos, -sin], [sin, cos]])  # sign of the imaginary part: no matter
+    return both.astype(np.float32)
 
 
 def _offsets(n: int) -> np.ndarray:

@@ -117,9 +117,9 @@ def make(*, prefix: int) -> Metric:
 def _to_state(rows: dict[str, Any]) -> State:
     """Sums of both updates of each block, and of attention's share in them."""
     values = {k: v.reshape(len(v), -1, 2) for k, v in rows["values"].items()}
-    attn, both = values["relative"][..., 0], values["relative"].sum(axis=2)  # (B, L)
-    still = both == 0
-    with np.errstate(invalid="ignore"):  # infinite if a token leaves zero
+    with np.errstate(invalid="ignore", over="ignore"):  # a token may leave zero
+        attn, both = values["relative"][..., 0], values["relative"].sum(axis=2)
+        still = both == 0  # (B, L)
         values["attn"] = np.where(still, 0.5, attn / np.where(still, 1, both))
     return moments({**rows, "values": values})
 

@@ -120,16 +120,17 @@ def make(*, grid: tuple[int, int], prefix: int) -> Metric:
 
 
 def _log_amplitude(
-    maps: jax.Array, less: jax.Array, grid: tuple[int, int]
+    maps: jax.Array, rest: jax.Array, grid: tuple[int, int]
 ) -> jax.Array:
-    """`log_amplitude` of patch tokens (N, D), also given less one token or the mean.
+    """`log_amplitude` of patch tokens (N, D).
 
-    The bins after the first do not see what is the same for all tokens. Without it they
-    are safe from its rounding error: residual streams have channels with large means.
+    `rest` are the same tokens with something that all have in common taken out, one of
+    them or the mean. The bins after the first do not see it, and are safe from its
+    rounding error: residual streams have channels with very large means.
     """
     total = maps.sum(axis=0, keepdims=True)  # (1, D), the zero frequency
     waves = jnp.einsum(
-        "wfn,nd->wfd", _waves(grid), less, precision=jax.lax.Precision.HIGHEST
+        "wfn,nd->wfd", _waves(grid), rest, precision=jax.lax.Precision.HIGHEST
     )  # (2, F-1, D), cosine and sine parts
     amplitude = jnp.concatenate([jnp.abs(total), jnp.sqrt(jnp.square(waves).sum(0))])
     return jnp.log(amplitude + EPS).mean(axis=1)  # (F, D) -> (F,)

@@ -72,7 +72,7 @@ def make(*, prefix: int, cls: bool = True) -> Metric:
     pools = {k: v for k, v in POOLS.items() if k == "patches" or (cls and prefix)}
 
     def kernel(image: Image) -> dict[str, jax.Array]:
-        if image["tap"] % 2:  # between attention and MLP
+        if image["place"] % 2:  # between attention and MLP
             return {}
         return {p: pooled(image["tokens"], prefix=prefix, pool=p) for p in pools}
 

@@ -50,7 +50,7 @@ def make(*, prefix: int) -> Metric:
 
     def kernel(image: Image) -> dict[str, jax.Array]:
         return {
-            "cosine": token_cosine(image["tokens"], prefix=prefix),
+            "cosine": token_cosine(image["tokens"], prefix=prefix),  # checks patches
             "centred": _cosine(centred_patches(image, prefix)),
         }
 
@@ -80,9 +80,8 @@ def centred_patches(image: Image, prefix: int) -> jax.Array:
     def derive(image: Image) -> jax.Array:
         x = image["tokens"].astype(jnp.float32)[prefix:]
         first, mean = x[0], (x - x[:1]).mean(axis=0)
-        return stored(lambda token: token - first - mean, x)
+        return stored(lambda token: token - first - mean, x)  # as `centre`
 
-    check_patches(len(image["tokens"]), prefix, least=2)
     return shared(image, f"centred patches {prefix}", derive)
 
 

@@ -43,6 +43,7 @@ def make(*, prefix: int) -> Metric:
     """The variance at every tap."""
 
     def kernel(image: Image) -> dict[str, jax.Array]:
+        check_patches(len(image["tokens"]), prefix, least=2)
         return {"variance": _variance(centred_patches(image, prefix))}
 
     def compute(state: State) -> list[Series]:
