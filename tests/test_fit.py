@@ -1,14 +1,15 @@
 """Fitting weights to another input, against the libraries that do it too."""
 
-import importlib.util
+import importlib
 import itertools
-import sys
 import types
+import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torchvision_stub
 from models import MAE, SIMMIM, tiny
 
 from clvsmim import plugin, transfer, tree
@@ -26,28 +27,18 @@ def table(grid, prefix=1, width=6, seed=0):
 
 @pytest.fixture(scope="module")
 def timm():
-    """timm's own functions. The packages around them want torchvision: left empty."""
+    """timm's own functions."""
     pytest.importorskip("torch")
-    found = importlib.util.find_spec("timm") if "timm" not in sys.modules else None
-    if found is None and "timm" not in sys.modules:
-        pytest.skip("timm is not installed")
-    root = (found or sys.modules["timm"].__spec__).submodule_search_locations[0]
-    before = {k: m for k, m in sys.modules.items() if k.split(".")[0] == "timm"}
-    for name in before:
-        del sys.modules[name]
-    for name in ("timm", "timm.layers", "timm.models"):
-        sys.modules[name] = types.ModuleType(name)
-        sys.modules[name].__path__ = ["/".join([root, *name.split(".")[1:]])]
-    sys.modules["timm.layers"].use_reentrant_ckpt = None  # wanted by `_manipulate`
-    load = importlib.import_module
-    yield types.SimpleNamespace(
-        positions=load("timm.layers.pos_embed").resample_abs_pos_embed,
-        patch=load("timm.layers.patch_embed").resample_patch_embed,
-        channels=load("timm.models._manipulate").adapt_input_conv,
-    )
-    for name in [k for k in sys.modules if k.split(".")[0] == "timm"]:
-        del sys.modules[name]
-    sys.modules.update(before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torchvision_stub.install()
+        pytest.importorskip("timm")
+        load = importlib.import_module
+        return types.SimpleNamespace(
+            positions=load("timm.layers.pos_embed").resample_abs_pos_embed,
+            patch=load("timm.layers.patch_embed").resample_patch_embed,
+            channels=load("timm.models._manipulate").adapt_input_conv,
+        )
 
 
 # Positions
