@@ -14,6 +14,7 @@ interleaved rounds.
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -297,14 +298,16 @@ def torch_patches(x):
     return inner / inner.sum(-1, keepdim=True)
 
 
-def torch_distance(x):
+@functools.cache
+def torch_far():
+    """Distances between patches: a constant of ours too, so not timed."""
     import torch
 
-    at = torch.stack(
-        torch.meshgrid(torch.arange(14), torch.arange(14), indexing="ij"), -1
-    )
-    at = at.reshape(-1, 2).float() * PATCH
-    return (torch_patches(x) * torch.cdist(at, at)).sum(-1).mean(-1)
+    return torch.from_numpy(metrics.grid_distances(GRID, PATCH))
+
+
+def torch_distance(x):
+    return (torch_patches(x) * torch_far()).sum(-1).mean(-1)
 
 
 def torch_nmi(x):
@@ -324,15 +327,21 @@ def torch_both(x):
     return torch.stack([torch_distance(x), torch_nmi(x)])
 
 
-def torch_aligned(x):
+@functools.cache
+def torch_offsets():
     import torch
 
     row, column = np.indices(GRID).reshape(2, -1)
     down, across = (c[None] - c[:, None] + 13 for c in (row, column))
-    where = torch.from_numpy((down * 27 + across).reshape(-1))
+    return torch.from_numpy((down * 27 + across).reshape(-1))
+
+
+def torch_aligned(x):
+    import torch
+
     flat = torch_patches(x).flatten(-2)
     canvas = torch.zeros(*flat.shape[:-1], 27 * 27)
-    canvas.index_add_(-1, where, flat)
+    canvas.index_add_(-1, torch_offsets(), flat)
     return canvas.unflatten(-1, (27, 27))
 
 

@@ -444,6 +444,43 @@ def test_metrics_of_each_place_may_share_one_reading(feature, some):
         )
 
 
+def test_what_is_stored_survives_the_compiler_of_a_cpu():
+    a = jax.ShapeDtypeStruct((17, 17), np.float32)
+    kernel = functools.partial(metrics.attention_nmi, prefix=1)
+    text = jax.jit(kernel).lower(a).compile().as_text()
+    assert len(re.findall(r" conditional\(", text)) == 1
+
+
+def test_a_kernel_outside_of_jit_is_compiled_once():
+    one = lambda a: metrics.patch_attention(a, prefix=1)  # noqa: E731
+    a = jax.random.uniform(jax.random.key(0), (3, 17, 17))
+    lowered = []
+
+    def listen(event: str, *_, **__) -> None:
+        if "jaxpr_to_mlir_module" in event:
+            lowered.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for call in (lambda: [one(x) for x in a], lambda: jax.vmap(one)(a)):
+            call()
+            assert lowered
+            lowered.clear()
+            call()
+            assert not lowered
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_a_kernel_works_in_shard_map():
+    kernel = jax.vmap(functools.partial(metrics.attention_nmi, prefix=1))
+    a = jax.random.uniform(jax.random.key(0), (8, 17, 17))
+    mesh = Mesh(np.asarray(jax.devices()[:2]), "data")
+    split = PartitionSpec("data")
+    got = jax.shard_map(kernel, mesh=mesh, in_specs=split, out_specs=split)(a)
+    np.testing.assert_allclose(got, kernel(a), rtol=1e-6)
+
+
 def imprecise(text: str) -> list[str]:
     """The products of a lowered program that may be computed in less than float32."""
     products = re.findall(r".*(?:dot_general|convolution).*", text)

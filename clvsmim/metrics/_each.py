@@ -1,9 +1,11 @@
 """Metrics of one attention map or one tap at a time, several in one reading of it."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from clvsmim.metrics._contract import Features, Image, Metric, Series
@@ -102,29 +104,22 @@ def over_images(function: Callable, x: Any) -> Any:
     return jax.lax.platform_dependent(x, cpu=one_by_one, default=jax.vmap(function))
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def stored(function: Callable, *args: jax.Array) -> jax.Array:
-    """`function` of each entry of the arrays, kept in memory for several to read.
+    """`function(*args)`, an array, kept in memory for several to read.
 
     On a CPU the compiler would otherwise weave it into each that reads it, and there
-    compute it again at a fraction of the speed; what a loop of two or more turns
-    returns, it must keep.
+    compute it again at a fraction of the speed; what a branch returns, it must keep.
+    Outside of `jit` every new function is compiled: give one of a module, no lambda.
     """
 
-    every = jax.vmap(function)
+    def in_a_branch(*args: jax.Array) -> jax.Array:
+        always = jax.lax.optimization_barrier(jnp.bool_(True))  # not known beforehand
+        return jax.lax.cond(
+            always, function, lambda *args: jnp.zeros_like(function(*args)), *args
+        )
 
-    def in_parts(*args: jax.Array) -> jax.Array:
-        n = len(args[0])
-        size = n // next((k for k in range(2, n + 1) if n % k == 0), 1)
-
-        def body(i: jax.Array, found: jax.Array) -> jax.Array:
-            part = (jax.lax.dynamic_slice_in_dim(x, size * i, size) for x in args)
-            return jax.lax.dynamic_update_slice_in_dim(found, every(*part), size * i, 0)
-
-        like = jax.eval_shape(every, *args)
-        empty = jax.lax.empty(like.shape, like.dtype)
-        return jax.lax.fori_loop(0, n // size, body, empty)
-
-    return jax.lax.platform_dependent(*args, cpu=in_parts, default=every)
+    return jax.lax.platform_dependent(*args, cpu=in_a_branch, default=function)
 
 
 def _reshape(x: Any, axes: int, shape: tuple[int, ...]) -> Any:

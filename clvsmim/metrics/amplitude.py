@@ -48,7 +48,7 @@ def log_amplitude_plane(
     """
     check_tokens(len(tokens), grid, prefix)
     maps = tokens.astype(jnp.float32)[prefix:]  # (T, D) -> (N, D)
-    return _unfold(_half_plane(maps, maps - maps[:1], grid), grid)
+    return _unfold(_half_plane(maps - maps[:1], maps.sum(axis=0), grid), grid)
 
 
 def radial_average(plane: jax.Array) -> jax.Array:
@@ -87,8 +87,8 @@ def make(*, grid: tuple[int, int], prefix: int) -> Metric:
         check_tokens(len(image["tokens"]), grid, prefix)
         if image["place"] % 2:  # between attention and MLP
             return {}
-        maps = image["tokens"].astype(jnp.float32)[prefix:]
-        plane = _unfold(_half_plane(maps, centred_patches(image, prefix), grid), grid)
+        rest, mean = centred_patches(image, prefix)
+        plane = _unfold(_half_plane(rest, len(rest) * mean, grid), grid)
         radial = radial_average(plane)  # (rows, columns) -> (F,)
         return {"plane": plane, "log": radial, "delta": radial - radial[:1]}
 
@@ -114,20 +114,20 @@ def make(*, grid: tuple[int, int], prefix: int) -> Metric:
     return of_each("residual", kernel, compute)
 
 
-def _half_plane(maps: jax.Array, rest: jax.Array, grid: tuple[int, int]) -> jax.Array:
+def _half_plane(rest: jax.Array, total: jax.Array, grid: tuple[int, int]) -> jax.Array:
     """The plane from vertical frequency 0 up; the rest of it mirrors this part.
 
-    Of patch tokens (N, D), and `rest` of them as in `fourier`, to (U, columns) with
+    Of `rest` (N, D) and `total` (D,) as in `fourier`, to (U, columns) with
     U = rows // 2 + 1, columns in their final order.
     """
-    (rows, columns), width = grid, maps.shape[1]
+    (rows, columns), width = grid, rest.shape[1]
     down = jnp.matmul(_down(rows), rest.reshape(rows, -1), precision=HIGHEST)
     down = down.reshape(-1, 2 * columns, width)  # (2U, columns * D) -> (U, 2c, D)
     across = jnp.broadcast_to(_across(columns), (len(down), *2 * (2 * columns,)))
     waves = jnp.matmul(across, down, precision=HIGHEST)
     squares = jnp.square(waves).reshape(-1, 2, columns, width).sum(axis=1)
     half = jnp.log(jnp.sqrt(squares) + EPS).mean(axis=-1)  # (U, columns)
-    zero = jnp.log(jnp.abs(maps.sum(axis=0)) + EPS).mean()
+    zero = jnp.log(jnp.abs(total) + EPS).mean()
     at_zero = np.zeros(half.shape, bool)
     at_zero[0, columns // 2] = True
     return jnp.where(at_zero, zero, half)

@@ -57,7 +57,8 @@ def patch_attention(
     A row with all its mass on the prefix becomes uniform. `eps` is added to every entry
     before the rows are scaled.
     """
-    return _scaled(attention, _mass(attention, prefix), eps)
+    attention = attention.astype(jnp.float32) + eps
+    return _scaled(attention, _mass(attention, prefix))
 
 
 def null_rows(attention: jax.Array, *, prefix: int) -> jax.Array:
@@ -155,7 +156,7 @@ def patches(image: Image, prefix: int) -> jax.Array:
     """`patch_attention` of all heads, which metrics share: (H, N, N)."""
 
     def derive(image: Image) -> jax.Array:
-        return stored(_scaled, image["attention"], _masses(image, prefix))
+        return jax.vmap(_scaled)(image["attention"], _masses(image, prefix))
 
     return shared(image, f"patch attention {prefix}", derive)
 
@@ -209,12 +210,15 @@ def _mean_distance(inner: jax.Array, far: np.ndarray) -> jax.Array:
     return total / len(inner)
 
 
-def _scaled(attention: jax.Array, mass: jax.Array, eps: float = 0.0) -> jax.Array:
+def _scaled(attention: jax.Array, mass: jax.Array) -> jax.Array:
     """`patch_attention` of (T, T), whose `_mass` (N,) is known."""
-    n = len(mass)
-    mass = (mass + n * eps)[:, None]
+    return stored(_rows_of_sum_1, attention, mass)  # most read it more than once
+
+
+def _rows_of_sum_1(attention: jax.Array, mass: jax.Array) -> jax.Array:
+    n, mass = len(mass), mass[:, None]
     null = mass < NULL_MASS
-    inner = attention.astype(jnp.float32)[-n:, -n:] + eps  # (T, T) -> (N, N)
+    inner = attention.astype(jnp.float32)[-n:, -n:]  # (T, T) -> (N, N)
     return jnp.where(null, 1 / n, inner / jnp.where(null, 1.0, mass))
 
 

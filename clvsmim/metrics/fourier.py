@@ -71,7 +71,7 @@ def log_amplitude(
     """
     check_tokens(len(tokens), grid, prefix)
     maps = tokens.astype(jnp.float32)[prefix:]  # (T, D) -> (N, D)
-    return _log_amplitude(maps, maps - maps[:1], grid)
+    return _log_amplitude(maps - maps[:1], maps.sum(axis=0), grid)
 
 
 def delta_log_amplitude(
@@ -92,8 +92,8 @@ def make(*, grid: tuple[int, int], prefix: int) -> Metric:
 
     def kernel(image: Image) -> dict[str, jax.Array]:
         check_tokens(len(image["tokens"]), grid, prefix)
-        maps = image["tokens"].astype(jnp.float32)[prefix:]
-        log = _log_amplitude(maps, centred_patches(image, prefix), grid)
+        rest, mean = centred_patches(image, prefix)
+        log = _log_amplitude(rest, len(rest) * mean, grid)
         return {"log": log, "delta": log - log[:1]}
 
     def compute(state: State) -> list[Series]:
@@ -120,19 +120,19 @@ def make(*, grid: tuple[int, int], prefix: int) -> Metric:
 
 
 def _log_amplitude(
-    maps: jax.Array, rest: jax.Array, grid: tuple[int, int]
+    rest: jax.Array, total: jax.Array, grid: tuple[int, int]
 ) -> jax.Array:
-    """`log_amplitude` of patch tokens (N, D).
+    """`log_amplitude` of patch tokens whose sum is `total` (D,), the zero frequency.
 
-    `rest` are the same tokens with something that all have in common taken out, one of
-    them or the mean. The bins after the first do not see it, and are safe from its
+    `rest` (N, D) are the tokens with something that all have in common taken out, one
+    of them or the mean. The bins after the first do not see it, and are safe from its
     rounding error: residual streams have channels with very large means.
     """
-    total = maps.sum(axis=0, keepdims=True)  # (1, D), the zero frequency
     waves = jnp.einsum(
         "wfn,nd->wfd", _waves(grid), rest, precision=jax.lax.Precision.HIGHEST
     )  # (2, F-1, D), cosine and sine parts
-    amplitude = jnp.concatenate([jnp.abs(total), jnp.sqrt(jnp.square(waves).sum(0))])
+    others = jnp.sqrt(jnp.square(waves).sum(axis=0))
+    amplitude = jnp.concatenate([jnp.abs(total)[None], others])
     return jnp.log(amplitude + EPS).mean(axis=1)  # (F, D) -> (F,)
 
 

@@ -51,7 +51,7 @@ def make(*, prefix: int) -> Metric:
     def kernel(image: Image) -> dict[str, jax.Array]:
         return {
             "cosine": token_cosine(image["tokens"], prefix=prefix),  # checks patches
-            "centred": _cosine(centred_patches(image, prefix)),
+            "centred": _cosine(centred_patches(image, prefix)[0]),
         }
 
     def compute(state: State) -> list[Series]:
@@ -74,15 +74,20 @@ def make(*, prefix: int) -> Metric:
     return of_each("residual", kernel, compute)
 
 
-def centred_patches(image: Image, prefix: int) -> jax.Array:
-    """Patch tokens minus their mean, which metrics share: (N, D) float32."""
+def centred_patches(image: Image, prefix: int) -> tuple[jax.Array, jax.Array]:
+    """Patch tokens minus their mean (N, D), and the mean (D,), which metrics share."""
 
-    def derive(image: Image) -> jax.Array:
+    def derive(image: Image) -> tuple[jax.Array, jax.Array]:
         x = image["tokens"].astype(jnp.float32)[prefix:]
-        first, mean = x[0], (x - x[:1]).mean(axis=0)
-        return stored(lambda token: token - first - mean, x)  # as `centre`
+        first = x[:1]
+        mean = (x - first).mean(axis=0, keepdims=True)  # (1, D)
+        return stored(_without, x, first, mean), (first + mean)[0]
 
     return shared(image, f"centred patches {prefix}", derive)
+
+
+def _without(x: jax.Array, first: jax.Array, mean: jax.Array) -> jax.Array:
+    return x - first - mean  # as `centre` does
 
 
 def check_patches(tokens: int, prefix: int, *, least: int) -> None:

@@ -44,7 +44,7 @@ def make(*, prefix: int) -> Metric:
 
     def kernel(image: Image) -> dict[str, jax.Array]:
         check_patches(len(image["tokens"]), prefix, least=2)
-        return {"variance": _variance(centred_patches(image, prefix))}
+        return {"variance": _variance(centred_patches(image, prefix)[0])}
 
     def compute(state: State) -> list[Series]:
         sites = taps(len(state["sum"]["variance"]) // 2)
