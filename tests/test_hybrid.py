@@ -167,8 +167,10 @@ def test_the_gradient_is_the_weighted_sum_of_the_branches(mixture):
     ours, theirs = tree.named(whole), tree.named(expected)
     assert set(ours) == set(theirs)
     scale = max(np.abs(g).max() for g in theirs.values())
+    # Three programs round in three orders, which depend on the processor: up to 1.4e-6
+    # of the largest was seen on one with AVX-512.
     for leaf, gradient in theirs.items():
-        close(ours[leaf], gradient, scale=0.1 * scale, rtol=1e-6)
+        close(ours[leaf], gradient, scale=0.1 * scale, rtol=3e-6)
 
 
 def test_the_loss_is_the_weighted_sum_and_the_raw_losses_are_logged(mixture):

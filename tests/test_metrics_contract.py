@@ -453,7 +453,7 @@ def test_what_is_stored_survives_the_compiler_of_a_cpu():
 
 def test_a_kernel_outside_of_jit_is_compiled_once():
     one = lambda a: metrics.patch_attention(a, prefix=1)  # noqa: E731
-    a = jax.random.uniform(jax.random.key(0), (3, 17, 17))
+    a = jax.random.uniform(jax.random.key(0), (3, 23, 23))  # a size of no other test
     lowered = []
 
     def listen(event: str, *_, **__) -> None:
