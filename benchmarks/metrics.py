@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from clvsmim import cli  # isort: skip
 
 if not set(cli.TUNED) <= set(os.environ):  # as the command does; read at start only
-    os.environ |= cli.TUNED
+    os.environ |= cli.tuned()
     os.execv(sys.executable, [sys.executable, *sys.argv])
 
 import jax

@@ -255,13 +255,17 @@ def local(x: jax.Array, used: jax.Array | None = None) -> np.ndarray:
     """This process's rows of an array whose leading axis is split, in image order.
 
     Of devices where no row is `used` (a weight per row), nothing is copied, but for the
-    first.
+    first. The result is read-only.
     """
     parts = _shards(x)
     if used is not None:
         kept = [i for i, weight in enumerate(_shards(used)) if np.any(weight)]
         parts = [parts[i] for i in kept or [0]]
-    return np.concatenate([np.asarray(data) for data in parts])
+    if len(parts) == 1:
+        return np.asarray(parts[0])  # rows may be large
+    whole = np.concatenate(list(map(np.asarray, parts)))
+    whole.flags.writeable = False  # as on one device
+    return whole
 
 
 def _shards(x: jax.Array) -> list[jax.Array]:

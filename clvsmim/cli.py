@@ -6,9 +6,11 @@ command may do better the next time.
 """
 
 import contextlib
+import glob
 import importlib.resources
 import os
 import pathlib
+import platform
 import re
 import sys
 import traceback
@@ -54,15 +56,38 @@ def main() -> None:
 
 
 # On Linux, XLA's CPU buffers are hundreds of megabytes, new in every step; with 4 KiB
-# pages the kernel spends a third of a small step mapping them. And while XLA keeps all
-# cores busy, the threads of OpenBLAS in numpy only wait for each other: one is faster.
-TUNED = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "OPENBLAS_NUM_THREADS": "1"}
+# pages the kernel spends a third of a small step mapping them.
+PAGES = "glibc.malloc.hugetlb=1"
+# XLA's products malloc inside too, in threads whose arenas give all of it back at once
+# and then wait for zeroed pages. One arena that keeps what was freed is faster, see
+# docs/performance.md. Buffers of 256 MiB still go: kept, they doubled the memory.
+ARENA = ("arena_max=1", "mmap_threshold=268435456", "trim_threshold=17179869184")
+GLIBC = (
+    2,
+    36,
+)  # seen to obey; before 2.35 malloc refuses that threshold, and is slower
+# While XLA keeps all cores busy, the threads of OpenBLAS in numpy only wait for each
+# other: one is faster.
+TUNED = {
+    "GLIBC_TUNABLES": ":".join((PAGES, *(f"glibc.malloc.{x}" for x in ARENA))),
+    "OPENBLAS_NUM_THREADS": "1",
+}
+ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*")
+
+
+def tuned() -> dict[str, str]:
+    """`TUNED`, but only big pages beside an accelerator or with an old glibc."""
+    library, version = platform.libc_ver()
+    new = library == "glibc" and tuple(map(int, version.split("."))) >= GLIBC
+    if new and not any(map(glob.glob, ACCELERATORS)):
+        return TUNED
+    return TUNED | {"GLIBC_TUNABLES": PAGES}
 
 
 def tune_process() -> None:
-    """On Linux, start again with `TUNED` in the environment, read at start only."""
+    """On Linux, start again with `tuned()` in the environment, read at start only."""
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        for name, value in TUNED.items():
+        for name, value in tuned().items():
             os.environ.setdefault(name, value)
         os.execv(
             sys.executable, [sys.executable, "-P", "-m", "clvsmim.cli", *sys.argv[1:]]

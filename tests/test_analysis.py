@@ -119,6 +119,11 @@ def test_rows_of_eight_devices_come_in_image_order():
     np.testing.assert_array_equal(analysis.local(split), rows)
 
 
+def test_rows_of_one_device_are_not_copied():
+    rows = jax.device_put(np.arange(48.0).reshape(16, 3), jax.devices()[0])
+    assert np.shares_memory(analysis.local(rows), np.asarray(rows))
+
+
 def test_nothing_to_measure(trained, metrics):
     nothing = analysis.run(
         trained.objective.encoder,

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -173,6 +174,42 @@ def test_the_huge_pages_restart_keeps_the_arguments(monkeypatch):
     cli.tune_process()
     assert len(calls) == 1
     monkeypatch.delenv("GLIBC_TUNABLES")
+
+
+@pytest.mark.skipif(cli.tuned() != cli.TUNED, reason="an old glibc or accelerator")
+def test_freed_memory_is_kept_for_the_next_step():
+    code = """
+import resource, threading
+import numpy as np
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+found = []
+def work():
+    for _ in range(3):
+        before = faults()
+        np.ones(2**26, np.uint8)  # 64 MiB, freed at once
+        found.append(faults() - before)
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+print(*found)
+"""
+    env = os.environ | cli.TUNED | {"LD_PRELOAD": ""}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    first, _, last = map(int, done.stdout.split())
+    assert last <= 4 < 16 < first  # of 32 pages of 2 MiB, or 16,384 of 4 KiB
+
+
+def test_malloc_keeps_its_arenas_where_one_does_not_help(monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "ACCELERATORS", (f"{tmp_path}/accel*",))
+    for libc in (("glibc", "2.34"), ("", ""), ("glibc", "2.9")):
+        monkeypatch.setattr(platform, "libc_ver", lambda libc=libc: libc)
+        assert cli.tuned()["GLIBC_TUNABLES"] == cli.PAGES
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.41"))
+    assert cli.tuned() == cli.TUNED
+    (tmp_path / "accel0").touch()
+    assert cli.tuned() == cli.TUNED | {"GLIBC_TUNABLES": cli.PAGES}
+    assert cli.PAGES == "glibc.malloc.hugetlb=1"
 
 
 MISTAKES = {

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from clvsmim.metrics import Series, token_log_spectrum, token_spectrum
+from clvsmim.metrics.spectrum import log_spectra
 from clvsmim.plugin import load
 
 LOWEST = np.log(np.finfo(np.float32).tiny)  # a zero spectrum counts as this
@@ -207,6 +208,27 @@ def test_what_is_below_the_floor_counts_as_the_floor():
     axis[:, 0] = np.arange(17)  # exactly of rank 1 in float32, too
     got = np.asarray(log_spectrum(jnp.asarray(axis)))
     np.testing.assert_allclose(got[1:], got[0] + np.log(1e-12), rtol=1e-5)
+
+
+@pytest.mark.parametrize("blas_threads", ["1", "2"])
+@pytest.mark.parametrize("lost", [(), (5,), (1, 4, 5)])
+def test_spectra_of_taps_in_threads(monkeypatch, blas_threads, lost):
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", blas_threads)  # "1" is with threads
+    tokens = noise(5, 6, 9, 4).astype(np.float32)  # (taps, images, N, C)
+    weight = np.ones(6, np.float32)
+    for image in lost:
+        tokens[3, image] = np.inf  # not finite at one tap
+    if 1 in lost:
+        weight[1] = 0
+        tokens[:, 1] = np.nan  # padding
+    logs, low = log_spectra(weight, tuple(tokens))
+    assert logs.shape == low.shape == (6, 5, 4)
+    good = [i for i in range(6) if i not in lost]
+    for tap, x in enumerate(tokens):
+        want = np.log(token_spectrum(x[good], prefix=0))
+        np.testing.assert_array_equal(logs[good, tap], want)
+    assert np.isnan(logs[list(lost)]).all()
+    assert not low.any()
 
 
 def test_the_device_hands_over_patch_tokens_in_float32_and_nothing_more():

@@ -115,7 +115,8 @@ class Metric:
       update: (features, weights (B,)) -> rows; traced inside the one jitted forward.
         A weight is 1 for an image and 0 for padding, which may hold anything.
       compute: (state, ...) -> list of Series, one state per part; on the host.
-      to_state: rows of this process's images, as numpy -> state; by default `moments`.
+      to_state: rows of this process's images, read-only numpy -> state; by default
+        `moments`.
       merge: (state, state) -> state, associative and commutative; by default `add`.
       fit_state, fit_merge: the same two for the part "train", where they differ.
       parts: the sets of images read, from `PARTS`; `compute` takes a state for each.

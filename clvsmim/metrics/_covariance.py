@@ -1,5 +1,8 @@
 """Covariances of rows of features: how they add up, and their eigenvalues."""
 
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -10,6 +13,21 @@ from clvsmim.metrics._states import State, add
 
 FLOOR = 1e-12  # of the largest eigenvalue: what is below is rounding, in float64 too
 ZERO = float(np.finfo(np.float32).tiny)  # the floor if the largest is zero
+THREADS = 8  # at most: each may hold 100 MB
+
+
+def in_threads(function: Callable, items: Iterable) -> list:
+    """`function` of each, in threads if OpenBLAS is told to use one thread.
+
+    `clvsmim` tells it. OpenBLAS with threads of its own is slower in several threads
+    than in one, and XLA slower beside one busy core than beside all a little busy.
+    """
+    if os.environ.get("OPENBLAS_NUM_THREADS") != "1":
+        return list(map(function, items))
+    linux = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count()
+    with ThreadPoolExecutor(min(cores, THREADS)) as threads:
+        return list(threads.map(function, items))
 
 
 def rank_count(observations: int, channels: int) -> int:

@@ -31,6 +31,7 @@ from clvsmim.metrics._covariance import (
     eigenvalues,
     floor_notes,
     floored_log,
+    in_threads,
     log_spectrum,
     rank_count,
 )
@@ -157,11 +158,10 @@ def log_spectra(
     finite, which LAPACK must not see.
     """
     good = np.asarray(weight) > 0
-    for x in tokens:
-        good[good] = np.isfinite(x[good]).all(axis=(1, 2))
-    # One tap at a time. Threads do not help: numpy's BLAS brings its own, and both
-    # together were 1.6 times slower.
-    spectra = [token_spectrum(x[good], prefix=0) for x in tokens]
+    for finite in in_threads(lambda x: np.isfinite(x).all(axis=(1, 2)), tokens):
+        good &= finite
+    chosen = slice(None) if good.all() else good  # a slice copies nothing
+    spectra = in_threads(lambda x: token_spectrum(x[chosen], prefix=0), tokens)
     log, low = floored_log(np.stack(spectra, axis=1))
     logs = np.full((len(good), *log.shape[1:]), np.nan)
     lows = np.zeros(logs.shape, bool)
