@@ -62,10 +62,8 @@ PAGES = "glibc.malloc.hugetlb=1"
 # and then wait for zeroed pages. One arena that keeps what was freed is faster, see
 # docs/performance.md. Buffers of 256 MiB still go: kept, they doubled the memory.
 ARENA = ("arena_max=1", "mmap_threshold=268435456", "trim_threshold=17179869184")
-GLIBC = (
-    2,
-    36,
-)  # seen to obey; before 2.35 malloc refuses that threshold, and is slower
+# Seen to obey; before 2.35 malloc refuses that threshold, and is slower.
+GLIBC = (2, 36)
 # While XLA keeps all cores busy, the threads of OpenBLAS in numpy only wait for each
 # other: one is faster.
 TUNED = {
