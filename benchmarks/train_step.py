@@ -117,7 +117,7 @@ def shape_of(args: argparse.Namespace) -> Shape:
 def run_child(args: argparse.Namespace, method: str, batch: int) -> int:
     """Measure a method in a process of its own; its exit status."""
     settings = {
-        # Big pages, as the `clvsmim` command has, for both sides here.
+        # Big pages, as `clvsmim train` has, for both sides here.
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
         "JAX_ENABLE_COMPILATION_CACHE": "false",
         "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",

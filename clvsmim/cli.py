@@ -59,33 +59,40 @@ def main() -> None:
 # pages the kernel spends a third of a small step mapping them.
 PAGES = "glibc.malloc.hugetlb=1"
 # XLA's products malloc inside too, in threads whose arenas give all of it back at once
-# and then wait for zeroed pages. One arena that keeps what was freed is faster, see
-# docs/performance.md. Buffers of 256 MiB still go: kept, they doubled the memory.
-ARENA = ("arena_max=1", "mmap_threshold=268435456", "trim_threshold=17179869184")
+# and then wait for zeroed pages. One arena that keeps what was freed makes a large
+# forward faster; in training, threads would wait for it. Buffers of 256 MiB still go:
+# kept, they doubled the memory. See docs/performance.md.
+ARENA = (
+    "glibc.malloc.arena_max=1",
+    "glibc.malloc.mmap_threshold=268435456",
+    "glibc.malloc.trim_threshold=17179869184",
+)
+FORWARD = ("analyze",)  # verbs that take no training steps
 # Seen to obey; before 2.35 malloc refuses that threshold, and is slower.
 GLIBC = (2, 36)
-# While XLA keeps all cores busy, the threads of OpenBLAS in numpy only wait for each
-# other: one is faster.
-TUNED = {
-    "GLIBC_TUNABLES": ":".join((PAGES, *(f"glibc.malloc.{x}" for x in ARENA))),
-    "OPENBLAS_NUM_THREADS": "1",
-}
 ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*")
 
 
-def tuned() -> dict[str, str]:
-    """`TUNED`, but only big pages beside an accelerator or with an old glibc."""
+def tuned(verb: str) -> dict[str, str]:
+    """What the environment of a verb should hold: how malloc and OpenBLAS work.
+
+    `ARENA` only for `FORWARD`, with a new glibc and without an accelerator.
+    """
     library, version = platform.libc_ver()
     new = library == "glibc" and tuple(map(int, version.split("."))) >= GLIBC
-    if new and not any(map(glob.glob, ACCELERATORS)):
-        return TUNED
-    return TUNED | {"GLIBC_TUNABLES": PAGES}
+    arena = verb in FORWARD and new and not any(map(glob.glob, ACCELERATORS))
+    return {
+        "GLIBC_TUNABLES": ":".join((PAGES, *ARENA) if arena else (PAGES,)),
+        # While XLA keeps all cores busy, the threads of OpenBLAS in numpy only wait for
+        # each other: one is faster.
+        "OPENBLAS_NUM_THREADS": "1",
+    }
 
 
 def tune_process() -> None:
-    """On Linux, start again with `tuned()` in the environment, read at start only."""
+    """On Linux, start again with what is `tuned`, which is read at start only."""
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        for name, value in tuned().items():
+        for name, value in tuned(sys.argv[1]).items():
             os.environ.setdefault(name, value)
         os.execv(
             sys.executable, [sys.executable, "-P", "-m", "clvsmim.cli", *sys.argv[1:]]
