@@ -25,8 +25,8 @@ from collections.abc import Callable, Iterator
 
 from clvsmim import cli  # isort: skip
 
-if not set(cli.tuned("analyze")) <= set(os.environ):  # as the command; read at start
-    os.environ |= cli.tuned("analyze")
+if "GLIBC_TUNABLES" not in os.environ:  # as the command does; read at start only
+    os.environ |= cli.tuned("analyze") | os.environ
     os.execv(sys.executable, [sys.executable, *sys.argv])
 
 import jax

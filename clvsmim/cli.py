@@ -60,8 +60,8 @@ def main() -> None:
 PAGES = "glibc.malloc.hugetlb=1"
 # XLA's products malloc inside too, in threads whose arenas give all of it back at once
 # and then wait for zeroed pages. One arena that keeps what was freed makes a large
-# forward faster; in training, threads would wait for it. Buffers of 256 MiB still go:
-# kept, they doubled the memory. See docs/performance.md.
+# forward faster, and steps of training slower. Buffers of 256 MiB still go: kept, they
+# doubled the memory. See docs/performance.md.
 ARENA = (
     "glibc.malloc.arena_max=1",
     "glibc.malloc.mmap_threshold=268435456",
